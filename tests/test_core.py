@@ -1,0 +1,122 @@
+"Properties of the ground floor: files whole or absent, settings that survive a round trip, names that tell runs apart."
+import math, os
+from dataclasses import fields, replace
+import pytest
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from penaltyanon import core
+from penaltyanon.core import MACHINE, PRESETS, RunFolder, Settings, UsageError, UserError, resolve
+
+quick = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Killed(BaseException): "A kill: no `except Exception` sees it."
+
+
+@quick
+@given(old=st.binary(max_size=200), new=st.binary(max_size=200), where=st.sampled_from(["fsync", "replace"]),
+       what=st.sampled_from([OSError(28, "No space left on device"), KeyboardInterrupt(), Killed(), RuntimeError("x")]))
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, old, new, where, what):
+    path = core.atomic_write(tmp_path/"f", old)
+    def fail(*args): raise what
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, where, fail)
+        with pytest.raises(UserError if isinstance(what, OSError) else type(what)): core.atomic_write(path, new)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    core.atomic_write(path, new)
+    assert path.read_bytes() == new
+
+
+positive = st.floats(1e-12, 1e12)
+zero_up = st.floats(0, 1e12)
+count = st.integers(1, 10**9)
+text = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
+
+
+def values_of(field):
+    "A strategy for one setting: anything its comment allows."
+    name = field.name
+    if name in core.CHOICES: return st.sampled_from(core.CHOICES[name])
+    if name == "decoder": return st.lists(count, min_size=1, max_size=5)
+    if name == "B": return zero_up | st.just(math.inf)
+    if name in ("crop", "holdout"): return st.floats(0.01, 0.99)
+    if name == "split": return st.integers(1, 3)
+    kind = type(getattr(Settings(), name))
+    return {bool: st.booleans(), str: text, int: st.integers(8, 10**9), float: positive}[kind]
+
+
+any_settings = st.fixed_dictionaries({f.name: values_of(f) for f in fields(Settings)}).map(lambda d: Settings(**d))
+
+
+@quick
+@given(s=any_settings)
+def test_settings_come_back_from_yaml(tmp_path, s):
+    path = core.write_yaml(tmp_path/"params.yaml", core.settings_dict(s))
+    assert Settings(**core.read_yaml(path)) == s
+
+
+@quick
+@given(s=any_settings, data=st.data())
+def test_the_hash_changes_with_every_field_that_matters(s, data):
+    field = data.draw(st.sampled_from(fields(Settings)))
+    other = data.draw(values_of(field).filter(lambda v: (tuple(v) if isinstance(v, list) else v) != getattr(s, field.name)))
+    changed = replace(s, **{field.name: other})
+    assert (core.settings_hash(changed) == core.settings_hash(s)) == (field.name in MACHINE)
+    assert (core.run_name(changed) == core.run_name(s)) == (field.name in MACHINE)
+    assert (core.identity_key(changed) == core.identity_key(s)) == (field.name not in core.IDENTITY)
+
+
+def test_the_hash_is_the_same_in_another_process():
+    assert core._hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % core._hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
+
+
+numbers = [f.name for f in fields(Settings) if type(getattr(Settings(), f.name)) in (int, float)]
+
+
+@pytest.mark.parametrize("name", numbers)
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, -math.inf, True, "1", "1e-3", None, [1], 1j])
+def test_no_number_accepts_nonsense(name, value):
+    with pytest.raises(UsageError, match=f"^{name}: must be ") as e: resolve("smoke", **{name: value})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_only_real_settings(preset):
+    s = resolve(preset)
+    assert s.preset == preset and s.units == "std" and s.scope == "clip"
+
+
+def test_the_paper_preset_is_section_4_2():
+    s = resolve("paper")
+    assert (s.frames, s.skip, s.size, s.crop, s.batch_clips, s.epochs, s.lam, s.penalty) == (16, 4, 224, 0.8, 8, 100, 1.0, "hinge")
+    assert (s.decoder, s.action_model, s.privacy_model) == ((256, 128, 64, 32), "i3d_r50", "resnet50")
+    assert (s.eval_action_epochs, s.eval_privacy_epochs, s.eval_batch, s.eval_views, s.eval_lr_privacy) == (100, 100, 16, 5, 1e-3)
+
+
+@quick
+@given(rows=st.lists(st.dictionaries(text, st.integers() | zero_up | text, max_size=4), max_size=8), cut=st.integers(0, 60))
+def test_metrics_survive_a_kill_at_any_byte(tmp_path_factory, rows, cut):
+    run = RunFolder.create(tmp_path_factory.mktemp("runs"), resolve("smoke"))
+    for row in rows: run.log(row)
+    path = run/"metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:max(0, path.stat().st_size - cut)])
+    kept = run.metrics()
+    assert kept == rows[:len(kept)]
+    again = RunFolder.create(run.path.parent, run.settings, resume=True)
+    again.log({"step": 1})
+    assert again.metrics() == kept + [{"step": 1}]
+
+
+def test_done_is_written_last(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path, resolve("smoke"))
+    def fail(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="results.json"): run.finish({"B": 0.3})
+    assert not run.is_done and core.finished_runs(tmp_path) == []
+
+
+def test_environment_says_which_commit(tmp_path):
+    env = core.capture_env()
+    assert set(env) >= {"python", "cpu", "cores", "threads", "device_name", "versions", "commit", "dirty", "date"}
+    core.write_json(tmp_path/"env.json", env)
+    assert core.read_json(tmp_path/"env.json") == env

@@ -1,0 +1,69 @@
+"Figures and the report rebuild from run folders alone and say what is missing. All runs in here are SYNTHETIC."
+import re, shutil
+import matplotlib.image, pytest
+from penaltyanon import report
+from penaltyanon.core import UserError, read_json
+from penaltyanon.sweep import run_notebook
+from conftest import FIGURES
+from synthetic import fake_run, fake_sweep
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    "A sweep with a hole: B = 0.5 lacks seed 1, and one run is unfinished."
+    root = fake_sweep(tmp_path_factory.mktemp("SYNTHETIC")/"sweep", seeds=(0, 1))
+    shutil.rmtree(root/"penalty-B=0.5-s1-synthetic")
+    fake_run(root, "B = 0.2", 0.2, 0, 1., 1., done=False)
+    report.write_report(root)
+    return root
+
+
+def printed(path): return "".join("".join(o.get("text", "")) for c in read_json(path)["cells"] for o in c.get("outputs", []))
+
+
+def test_every_figure_is_drawn_and_says_n_and_seeds(page):
+    assert {p.stem for p in FIGURES} >= set(report.FIGURES)
+    for name in report.FIGURES:
+        caption = (page/"_figures"/f"{name}.caption.txt").read_text()
+        assert "n = 160 test clips, 300 test images" in caption and "2 seeds" in caption
+        assert (page/"_figures"/f"{name}.{'html' if name.startswith('table') else 'png'}").stat().st_size > 2000
+    for png in page.glob("_figures/*.png"): assert min(matplotlib.image.imread(png).shape[:2]) > 300
+
+
+def test_holes_are_named_in_every_figure_notebook_and_on_the_page(page):
+    for name in report.FIGURES:
+        said = printed(page/"_figures"/f"{name}.ipynb")
+        assert "B = 0.5: seed 1 missing" in said and "begun, not finished" in said, name
+    html = (page/"report.html").read_text()
+    assert "B = 0.5: seed 1 missing" in html and "B = 0.2" not in html.replace("penalty-B=0.2", "")
+
+
+def test_the_page_needs_nothing_else(page):
+    html = (page/"report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", html) and html.count("data:image/png;base64") == 3
+    assert "not comparable" in html and "2 seeds" in html
+
+
+def test_figures_come_out_the_same_twice(page, tmp_path):
+    run_notebook("figures/fig3_penalty", dict(runs=str(page), out=str(tmp_path)), tmp_path/"again.ipynb")
+    assert (tmp_path/"fig3_penalty.png").read_bytes() == (page/"_figures"/"fig3_penalty.png").read_bytes()
+
+
+def test_runs_without_frames_or_attributes_still_make_a_page(tmp_path):
+    "Real people: no frames kept. Clips without attributes: no third panel."
+    for label, method in (("raw", "raw"), ("B = 0.3", "penalty")): fake_run(tmp_path/"SYNTHETIC", label, 0.3, 0, 90., 80., method, frames=False)
+    for f in tmp_path.rglob("frames.npz"): f.unlink()
+    html = report.write_report(tmp_path/"SYNTHETIC").read_text()
+    assert "real people are not shown" in html and html.count("data:image/png;base64") == 2
+    table = report.table(report.load_results(tmp_path/"SYNTHETIC"))
+    assert table.loc["B = 0.3", "cMAP % ↓ action frames"] == "–"
+
+
+def test_one_seed_has_no_spread_and_several_have(tmp_path):
+    one = report.table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC1", seeds=(0,))))
+    two = report.table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC2", seeds=(0, 1))))
+    assert "±" not in one.loc["B = 0.9", "Top-1 % ↑"] and "±" in two.loc["B = 0.9", "Top-1 % ↑"]
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no finished run"): report.write_report(tmp_path)

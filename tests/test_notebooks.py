@@ -1,0 +1,62 @@
+"Every notebook runs: the library ones as lessons, the run and figure ones through papermill on the smoke preset."
+import json, time, warnings
+import pytest
+from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, run
+from penaltyanon import sweep
+from penaltyanon.core import finished_runs, read_json, read_yaml
+
+name = lambda p: str(p.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_library_notebook(path):
+    began = time.monotonic()
+    said = run(BIN/"nbdev_test", "--path", path, "--n_workers", "0", "--do_print")
+    assert "Success." in said and said.count("Completed") == 1, said
+    took = time.monotonic() - began
+    if took > 60: warnings.warn(f"{path.name} took {took:.0f} s; the house rule is under 60 s")
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory):
+    "A sweep on the smoke preset: every control and two values of B, each job the run notebooks through papermill."
+    lab = tmp_path_factory.mktemp("smoke")
+    cells = sweep.grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    sweep.prepare_data(cells[0])
+    sweep.raise_failed(sweep.run_jobs(cells, lab/"runs"))
+    return lab/"runs"
+
+
+def test_a_sweep_runs_every_run_notebook(swept):
+    assert {f"runs/{p.stem}" for p in RUNS} == set(sweep.STAGES)
+    runs = finished_runs(swept)
+    assert {r.results["label"] for r in runs} == {"raw", "oracle", "λ = 0", "B = 0.3", "B = 0.7"}
+    for r in runs:
+        assert {"params.yaml", "env.json", "data.json", "metrics.jsonl", "results.json"} <= {p.name for p in r.path.iterdir()}
+        assert all((r/f"{p.stem}.ipynb").is_file() for p in RUNS)
+
+
+def test_what_was_asked_is_what_was_done(swept):
+    "B = 0.7 in params.yaml, in results.json, in the trainer and in the executed notebook."
+    done = next(r for r in finished_runs(swept) if r.settings.B == 0.7)
+    assert read_yaml(done/"params.yaml")["B"] == 0.7
+    assert done.results["B"] == 0.7 and done.results["trainer"]["B"] == 0.7
+    assert "-B0.7-" in done.path.name
+    for p in RUNS: assert read_json(done/f"{p.stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
+
+
+def test_a_second_sweep_redoes_nothing(swept):
+    before = {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
+    cells = [r.settings for r in finished_runs(swept)]
+    assert {j.state for j in sweep.run_jobs(cells, swept)} == {"kept"}
+    assert before == {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=name)
+def test_figure_notebook(path, swept, tmp_path):
+    "Figures are drawn from finished runs alone."
+    known = sweep.notebook_parameters(path)
+    parameters = {k: v for k, v in dict(runs=str(swept), out=str(tmp_path/path.stem)).items() if k in known}
+    done = sweep.run_notebook(path, parameters, tmp_path/path.name)
+    outputs = [o for c in json.loads(done.read_text())["cells"] for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) or "text/html" in o.get("data", {}) for o in outputs), "nothing was drawn"

@@ -1,0 +1,213 @@
+"The puppets keep their two promises: actions only in the motion, attributes only in the looks."
+import json
+import numpy as np, pytest, torch
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from PIL import Image
+from scipy.stats import chi2_contingency, ks_2samp
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
+from penaltyanon import puppets
+from penaltyanon.core import UsageError, UserError
+from penaltyanon.datasets import open_data
+from penaltyanon.puppets import ACTIONS, ATTRIBUTES, draw_clip, draw_frame, draw_scene, draw_script, place, pose_at, skeleton, write_puppets
+from penaltyanon.video import frame_count, read_frames
+
+quick = hypothesis_settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+codes = st.tuples(*[st.integers(0, 1)] * 5)
+dice = np.random.default_rng
+TINY = dict(train=16, test=8, images=(6, 4), frames=4, progress=False)
+
+
+def content(root): return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+# exact statements about single draws
+
+@quick
+@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS), one=codes, two=codes, t=st.integers(0, 39))
+def test_the_oracle_does_not_depend_on_the_attributes(seed, action, one, two, t):
+    a, b = (draw_frame(draw_scene(dice(seed), action, code), t, oracle=True) for code in (one, two))
+    assert a.tobytes() == b.tobytes()
+
+
+@quick
+@given(seed=st.integers(0, 10**6), one=st.sampled_from(ACTIONS), two=st.sampled_from(ACTIONS), code=codes)
+def test_the_first_frame_does_not_depend_on_the_action(seed, one, two, code):
+    a, b = (draw_frame(draw_scene(dice(seed), action, code), 0) for action in (one, two))
+    assert a.tobytes() == b.tobytes()
+
+
+@quick
+@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS), code=codes, i=st.integers(0, 4))
+def test_every_attribute_changes_the_picture(seed, action, code, i):
+    other = [bit ^ (j == i) for j, bit in enumerate(code)]
+    a, b = (np.asarray(draw_frame(draw_scene(dice(seed), action, c), 0), dtype=int) for c in (code, other))
+    assert (abs(a - b).max(-1) > 40).mean() > 0.002           # at least a dozen pixels, clearly
+
+
+@quick
+@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS))
+def test_every_action_moves_and_its_companion_does_not(seed, action):
+    scene = draw_scene(dice(seed), action, (0, 1, 0, 0, 1))
+    body = (draw_clip(scene, 18, oracle=True)[:, 0] < 180).float()
+    assert (body[3:] - body[:-3]).abs().mean((1, 2)).max() > 0.004
+    still = draw_clip(draw_scene(dice(seed), None, (0, 1, 0, 0, 1)), 3)
+    assert (still == still[:1]).all()
+
+
+def test_at_any_time_every_action_has_the_same_poses():
+    for t in (5, 23):
+        poses = {a: np.array([list(pose_at(draw_script(r, a), t).values()) for r in [dice([t, i])] for _ in range(800)]) for i, a in enumerate(ACTIONS)}
+        p = [ks_2samp(poses[a][:, j], np.concatenate([poses[b] for b in ACTIONS if b != a])[:, j]).pvalue for a in ACTIONS for j in range(len(puppets.BASE))]
+        assert min(p) > 0.05 / len(p)
+
+
+def test_heads_stay_in_the_picture():
+    r = dice(0)
+    for _ in range(500):
+        scene = draw_scene(r, ACTIONS[r.integers(8)], (0, 0, 0, 0, 0), size=32)
+        heads = np.array([place(skeleton(pose_at(scene.script, t)), scene.camera)["head"] for t in range(18)]) / scene.backdrop.width
+        assert (heads > 0.03).all() and (heads < 0.97).all()
+
+
+# the deal
+
+@quick
+@given(seed=st.integers(0, 10**6), train=st.integers(8, 700), test=st.integers(8, 300))
+def test_the_deal_is_balanced_named_and_grouped(seed, train, test):
+    clips = puppets._deal_clips(dice(seed), train, test)
+    assert len({c.name for c in clips}) == len(clips) == train + test
+    groups = {}
+    for split, n in (("train", train), ("test", test)):
+        part = [c for c in clips if c.split == split]
+        per_action = np.bincount([ACTIONS.index(c.action) for c in part], minlength=8)
+        assert len(part) == n and per_action.max() - per_action.min() <= 1
+        for action in ACTIONS:
+            bits = np.array([c.attributes for c in part if c.action == action])
+            assert (abs(2 * bits.sum(0) - len(bits)) <= min(len(bits), 32 - len(bits) % 32)).all()
+        groups[split] = {c.name.split("_")[-2] for c in part}
+    assert not groups["train"] & groups["test"]
+
+
+def test_labels_are_independent():
+    clips, images = puppets._deal_clips(dice([0, 0, 0]), 400, 160), puppets._deal_images(dice([0, 0, 1]), 800, 300)
+    for split in ("train", "test", "train2017", "test2017"):
+        table = np.array([(ACTIONS.index(c.action), *c.attributes) for c in clips + images if c.split == split])
+        assert (abs(table[:, 1:].mean(0) - 0.5) < 0.05).all()
+        for i in range(6):
+            for j in range(i):
+                counts = np.histogram2d(table[:, i], table[:, j], (table[:, i].max() + 1, table[:, j].max() + 1))[0]
+                assert chi2_contingency(counts, correction=False).pvalue > 0.01, (split, i, j)
+
+
+# files
+
+def test_same_seed_same_bytes(tmp_path):
+    a, b, c = (write_puppets(tmp_path/n, seed=seed, workers=w, **TINY) for n, seed, w in (("a", 5, 1), ("b", 5, 2), ("c", 6, 2)))
+    assert content(a) == content(b)
+    assert content(a).keys() == content(c).keys()
+    media = [n for n in content(a) if n.endswith((".avi", ".png"))]
+    assert len(media) == 2 * (16 + 8 + 6 + 4) and all(content(a)[n] != content(c)[n] for n in media)
+
+
+def test_layouts(tmp_path):
+    root = write_puppets(tmp_path/"p", **TINY)
+    for spec in ("puppets", "puppets-oracle"):
+        data = open_data(f"{spec}:{root}")
+        assert (data.classes, data.attribute_names, data.excluded) == (ACTIONS, ATTRIBUTES, ())
+        assert (len(data.train), len(data.test)) == (16, 8) and {r.frames for r in data.train + data.test} == {4}
+        assert frame_count(data.train[0].path) == 4 and read_frames(data.train[0].path, [0]).shape == (1, 3, 80, 80)
+    for spec in ("puppets-images", "puppets-oracle-images"):
+        data = open_data(f"{spec}:{root}")
+        assert data.attribute_names == ATTRIBUTES and (len(data.train), len(data.test)) == (6, 4)
+        for r in data.train + data.test:
+            note = json.loads(r.path.with_suffix(".json").read_text())
+            assert note["labels"] == ([n for n, v in zip(ATTRIBUTES, r.attributes) if v] or ["a0_safe"])
+            with Image.open(r.path) as image: assert image.size == (80, 80) and image.mode == "RGB"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("disk"), UserError("x")])
+def test_an_interrupted_set_leaves_nothing(tmp_path, monkeypatch, stop):
+    def halfway(folder, *args): (folder/"half.avi").write_bytes(b"x"); raise stop
+    monkeypatch.setattr(puppets, "_make_all", halfway)
+    with pytest.raises(stop if isinstance(stop, type) else type(stop)): write_puppets(tmp_path/"p", **TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    root = write_puppets(tmp_path/"p", **TINY)
+    before = content(root)
+    with pytest.raises(UserError, match="holds other puppets \\(seed 0 instead of 1\\)"): write_puppets(root, seed=1, **TINY)
+    assert write_puppets(root, **TINY) == root and content(root) == before
+    (tmp_path/"file").write_text("x")
+    with pytest.raises(UserError, match="holds no puppets"): write_puppets(tmp_path/"file", **TINY)
+    assert (tmp_path/"file").read_text() == "x"
+    (tmp_path/"empty").mkdir()
+    assert (write_puppets(tmp_path/"empty", **TINY)/"puppets.json").is_file()
+
+
+@pytest.mark.parametrize("bad", [dict(train=7), dict(test=0), dict(images=(5, 0)), dict(seed=-1), dict(size=31), dict(size=33), dict(frames=0), dict(workers=0)])
+def test_bad_parameters(tmp_path, bad):
+    with pytest.raises(UsageError, match=f"puppets: {next(iter(bad))} = "): write_puppets(tmp_path/"p", **bad)
+    assert not list(tmp_path.iterdir())
+
+
+# probes: simple features, logistic regression, labels shuffled 20 times to know chance
+
+def looks(clip):
+    frame = clip[len(clip) // 2].float() / 255
+    return torch.cat([frame.mean((1, 2)), frame.std((1, 2)), *[torch.histc(c, 9, 0, 1) / c.numel() for c in frame]])
+
+
+def motion(clip):
+    body = (clip[:, 0] < 180).float()
+    mass = body.sum((1, 2)) + 1
+    y, x = (body.sum(2) * torch.arange(80)).sum(1) / mass, (body.sum(1) * torch.arange(80)).sum(1) / mass
+    energy = torch.roll((body[2:] - body[:-2]).abs().mean(0), (40 - int(y.mean()), 40 - int(x.mean())), (0, 1))
+    grid = adaptive_avg_pool2d(energy[None, 4:76, 10:70], (8, 6))[0]
+    left, right = grid[:, :3], grid[:, 3:].flip(1)
+    return torch.cat([(left + right).flatten(), (left - right).abs().flatten(), torch.stack([y.std(), x.std(), mass.std() / mass.mean()])])
+
+
+def shape(clip): return avg_pool2d(clip[len(clip) // 2, :1].float(), 4).flatten()
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    "(features, name of label) -> (test accuracy, accuracies after shuffling, number of test clips)."
+    root = write_puppets(tmp_path_factory.mktemp("puppets")/"p", train=320, test=160, images=(1, 1), frames=20, seed=11, progress=False)
+    raw, twin = open_data(f"puppets:{root}"), open_data(f"puppets-oracle:{root}")
+    see = lambda data, f: [torch.stack([f(read_frames(r.path, range(20))) for r in part]).numpy() for part in (data.train, data.test)]
+    X = dict(looks=see(raw, looks), motion=see(twin, motion), shape=see(twin, shape))
+    Y = dict(action=[np.array([r.action for r in part]) for part in (raw.train, raw.test)])
+    Y |= {n: [np.array([r.attributes[i] for r in part]) for part in (raw.train, raw.test)] for i, n in enumerate(ATTRIBUTES)}
+    def accuracy(x, y, labels): return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(x[0], labels).score(x[1], y[1])
+    return {(k, n): (accuracy(x, y, y[0]), [accuracy(x, y, dice(i).permutation(y[0])) for i in range(20)]) for k, x in X.items() if k != "shape" for n, y in Y.items()} | \
+           {("shape", n): (accuracy(X["shape"], y, y[0]), []) for n, y in Y.items()}
+
+
+def at_chance(result, chance, n=160):
+    "Within three standard errors of chance, and not far above the same probe on shuffled labels."
+    score, shuffled = result
+    likely = score <= chance + 3 * (chance * (1 - chance) / n) ** 0.5
+    return likely and (not shuffled or score <= np.mean(shuffled) + 3.5 * np.std(shuffled))
+
+
+def test_one_frame_does_not_tell_the_action(probed):
+    assert at_chance(probed["looks", "action"], 1 / 8) and at_chance(probed["shape", "action"], 1 / 8)
+
+
+def test_motion_tells_the_action(probed):
+    score, shuffled = probed["motion", "action"]
+    assert score > 0.7 and score > max(shuffled) + 0.2
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_the_oracle_tells_no_attribute(probed, name):
+    assert at_chance(probed["motion", name], 1 / 2) and at_chance(probed["shape", name], 1 / 2)
+
+
+def test_raw_looks_tell_attributes(probed):
+    assert probed["looks", "skin_dark"][0] > 0.75 and probed["looks", "two_people"][0] > 0.75

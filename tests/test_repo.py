@@ -1,0 +1,148 @@
+"The repository itself: nothing to clean or export, the house numbers, the floors, the README, the pins."
+import ast, hashlib, os, re, statistics
+from configparser import ConfigParser
+import nbformat, pytest
+from packaging.requirements import Requirement
+from readme import readme
+from penaltyanon.core import read_yaml
+from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, code_cells, repository_files, run
+
+EVERY = [*ROOT.glob("nbs/*.ipynb"), *RUNS, *FIGURES]
+name = lambda p: str(p.relative_to(ROOT))
+
+
+def digest(tree): return {str(p.relative_to(tree)): hashlib.sha256(p.read_bytes()).hexdigest() for p in tree.rglob("*")
+                          if p.is_file() and "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("command", ["nbdev_clean", "nbdev_export"])
+def test_clean_and_export_change_nothing(tree, command):
+    before = digest(tree)
+    run(BIN/command, cwd=tree)
+    after = digest(tree)
+    changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
+    assert not changed, f"run nbdev_export and nbdev_clean: they change {changed}"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_a_run_notebook_has_one_parameters_cell(path):
+    tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{len(tagged)} cells carry the tag `parameters`"
+    for line in ast.parse(tagged[0].source).body:
+        assert isinstance(line, ast.Assign | ast.AnnAssign), f"not a literal: {ast.unparse(line)}"
+        ast.literal_eval(line.value)
+
+
+# ---- the house numbers of docs/style.md, over the cells that export
+def code_lines(source): return [l for l in source.split("\n") if l.strip() and not l.strip().startswith("#")]
+def exports(cell): return bool(re.match(r"#\|\s*export", cell.source))
+
+
+def is_assertion(node):
+    if isinstance(node, ast.Assert): return True
+    if not isinstance(node, ast.Call): return False
+    called = ast.unparse(node.func).split(".")[-1]
+    return called in ("expect_fail", "raises") or called.startswith(("test_", "assert_"))
+
+
+def assertions(cell):
+    source = "\n".join(l for l in cell.source.split("\n") if not l.lstrip().startswith(("%", "!")))
+    return sum(map(is_assertion, ast.walk(ast.parse(source))))
+
+
+def house_numbers(path):
+    "Median and largest export cell in code lines; assertions and words of prose per 100 exported lines."
+    cells = nbformat.read(path, 4).cells
+    code = [c for c in cells if c.cell_type == "code"]
+    sizes = [n for c in code if exports(c) and (n := len(code_lines(c.source)))]
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    asserted = sum(assertions(c) for c in code if not exports(c))
+    return dict(median=statistics.median(sizes), largest=max(sizes), lines=sum(sizes),
+                assertions=100*asserted/sum(sizes), words=100*words/sum(sizes))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_house_numbers(path):
+    n = house_numbers(path)
+    print(" ".join(f"{k} {v:.0f}" for k, v in n.items()))
+    assert n["median"] <= 10 and n["largest"] <= 60, n
+    assert n["assertions"] >= 8 and n["words"] >= 150, n
+
+
+# ---- floors
+def module_of(path): return next(m.group(1) for c in code_cells(path) if (m := re.search(r"#\|\s*default_exp\s+(\w+)", c.source)))
+FLOOR = {module_of(p): int(p.name[:2]) for p in LIBRARY}
+
+
+def imported(path):
+    "Modules of this package that a module imports, anywhere in it."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import): yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("penaltyanon."))
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "penaltyanon"):
+            rest = (node.module or "").removeprefix("penaltyanon").strip(".")
+            yield from [rest.split(".")[0]] if rest else [a.name for a in node.names]
+
+
+@pytest.mark.parametrize("module", FLOOR)
+def test_a_module_imports_only_lower_floors(module):
+    above = [m for m in imported(ROOT/"penaltyanon"/f"{module}.py") if FLOOR.get(m, 99) >= FLOOR[module]]
+    assert not above, f"{module} (floor {FLOOR[module]}) imports {above}"
+
+
+def test_every_module_comes_from_a_notebook():
+    assert {p.stem for p in ROOT.glob("penaltyanon/*.py")} - set(FLOOR) <= {"__init__", "_modidx", "cli"}
+
+
+# ---- what must not be in the code
+def python_sources():
+    for f in repository_files():
+        if f.suffix == ".py": yield f, (ROOT/f).read_text()
+    for f in EVERY: yield f, "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", c.source, flags=re.M) for c in code_cells(f))
+
+
+def test_nothing_unpickles_strangers_files():
+    for path, source in python_sources():
+        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+            called = ast.unparse(call.func)
+            assert called not in ("pickle.load", "pickle.loads"), f"{path}: {ast.unparse(call)}: use a restricted unpickler"
+            if called == "torch.load":
+                safe = any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in call.keywords)
+                assert safe, f"{path}: {ast.unparse(call)}: say weights_only=True"
+
+
+# ---- README, pins, the two commands
+def test_readme_is_the_index_notebook():
+    assert readme() == (ROOT/"README.md").read_text(), "run make readme"
+
+
+def test_readme_points_at_files_that_exist():
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT/"README.md").read_text())
+    missing = [l for l in links if not (ROOT/l).exists()]
+    assert links and not missing, missing
+
+
+def test_pins_are_in_the_ranges():
+    cfg = ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini")
+    wanted = [l for k in cfg["DEFAULT"] if k.endswith("requirements") for l in cfg["DEFAULT"][k].split("\n")[1:]]
+    key = lambda n: re.sub(r"[-_.]+", "-", n).lower()
+    pins = dict(l.split("==") for l in (ROOT/"constraints.txt").read_text().split() if "==" in l)
+    pins = {key(n): v for n, v in pins.items()}
+    for r in map(Requirement, wanted): assert r.specifier.contains(pins[key(r.name)]), f"{r} but constraints.txt has {pins[key(r.name)]}"
+
+
+def test_ci_runs_the_test_command():
+    assert os.access(ROOT/".ci/run", os.X_OK)
+    assert (ROOT/".ci/run").read_text().rstrip().split("\n")[-1] == "make test"
+    workflow = (ROOT/".github/workflows/ci.yml").read_text()
+    assert "run: make test" in workflow
+    assert all(re.search(r"@v\d+\.\d+\.\d+$", l) for l in workflow.split("\n") if "uses:" in l), "pin actions to a full version"
+
+
+def test_no_weights_no_data_and_no_person_in_the_tree():
+    kinds = (".safetensors", ".pt", ".pth", ".ckpt", ".avi", ".mp4", ".pkl", ".npz")
+    bad = [f for f in repository_files() if f.suffix in kinds and f.name != "frames.npz"]
+    for f in repository_files():
+        if f.stem != "frames" or f.parts[0] != "runs": continue
+        params = read_yaml(ROOT/f.parent/"params.yaml")
+        if not all(params[k].startswith("puppets") for k in ("action_data", "privacy_data")): bad.append(f)
+    assert not bad, f"weights, data or frames of people: {list(map(str, bad))}"

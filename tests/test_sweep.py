@@ -1,0 +1,119 @@
+"The sweep: nothing misspelt starts, nothing DONE is redone, what fails is named, what hangs is started again."
+import os, subprocess, sys, time
+from pathlib import Path
+import nbformat, pytest
+from penaltyanon import sweep
+from penaltyanon.core import RunFolder, UsageError, UserError, read_json, resolve, run_name, settings_dict
+
+
+def notebook(path, *sources, tagged=0):
+    "A notebook of code cells, one of them the parameters cell."
+    cells = [nbformat.v4.new_code_cell(s) for s in sources]
+    cells[tagged].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+    return path
+
+
+def literals(s): return "".join(f"{k} = {0.0 if k == 'B' else v!r}\n" for k, v in sweep.run_parameters(s, "").items())
+
+
+@pytest.fixture
+def stage(tmp_path):
+    "A stand-in for training: fails at B = 0.9, counts its calls, forgets DONE at B = 0.1."
+    return notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), """
+from pathlib import Path
+from penaltyanon.core import RunFolder, UserError, resolve, run_name
+s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed,
+            action_data=action_data, privacy_data=privacy_data, attributes=attributes)
+run = RunFolder(Path(run_root)/run_name(s), s)
+with open(run/"calls", "a") as f: f.write("x")
+if B == 0.9: raise UserError("B = 0.9 is out of order")
+if B != 0.1: run.finish({"B": B, "type": type(B).__name__})""")
+
+
+def test_run_notebooks_take_what_a_sweep_gives_and_nothing_else():
+    for name in sweep.STAGES:
+        parameters = sweep.run_parameters(resolve("smoke"), "runs/x")
+        sweep.check_parameters(sweep.find_notebook(name), parameters)
+        assert sweep.notebook_parameters(sweep.find_notebook(name)).keys() == parameters.keys()
+        with pytest.raises(UsageError, match="no parameter 'lambda_'"): sweep.check_parameters(sweep.find_notebook(name), parameters | {"lambda_": 1.0})
+
+
+def test_an_unknown_parameter_stops_the_sweep_before_it_starts(tmp_path):
+    poor = notebook(tmp_path/"poor.ipynb", "preset = 'smoke'")
+    with pytest.raises(UsageError, match="poor.ipynb has no parameter 'method'"): sweep.run_jobs(sweep.grid("smoke"), tmp_path/"runs", notebooks=(poor,))
+    assert not (tmp_path/"runs").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(B=(float("inf"),)), dict(steps=7, decoder=[16, 8, 8, 8], precision="bf16"), dict(penalty="hinge", lam=(0.1,), units="pixel", B=(0.05,))])
+@pytest.mark.parametrize("preset", ["smoke", "demo", "mini", "paper"])
+def test_settings_survive_the_way_through_a_parameters_cell(preset, changes):
+    for s in sweep.grid(preset, **changes):
+        p = sweep.run_parameters(s, "r")
+        back = resolve(p["preset"], **{k: p[k] for k in sweep.NAMED}, **p["overrides"])
+        assert back == s and run_name(back) == run_name(s)
+        assert p["show_frames"] == all(d.startswith("puppets") for d in (s.action_data, s.privacy_data))
+
+
+def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(tmp_path, stage):
+    cells = sweep.grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
+    todo = sweep.run_jobs(cells, tmp_path/"runs", notebooks=(stage,), jobs=3, poll_s=0.1)
+    forgot, good, bad = todo
+    assert [j.state for j in todo] == ["failed", "done", "failed"]
+    assert read_json(good.path/"results.json") == {"B": 0.7, "type": "float"}
+    assert "no DONE" in forgot.reason and "stage.ipynb: B = 0.9 is out of order" in bad.reason
+    assert (bad.path/"stage.log").exists() and (bad.path/"stage.ipynb").exists() and not (good.path/"stage.log").exists()
+    with pytest.raises(UserError, match="2 of 3 runs failed: .*B0.1.*; .*B0.9") as e: sweep.raise_failed(todo)
+    assert "\n" not in str(e.value) and e.value.exit_code == 1
+    again = sweep.run_jobs(cells[1:2] + cells[1:2], tmp_path/"runs", notebooks=(stage,), poll_s=0.1)
+    assert [j.state for j in again] == ["kept"] and (good.path/"calls").read_text() == "x"
+
+
+def test_training_is_not_repeated_when_only_the_evaluation_is_missing(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "follow", lambda name, *a, **k: iter(seen.append(name) or ()))
+    job = sweep.Job(resolve("smoke"), tmp_path)
+    job.path.mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="no DONE"): list(sweep.work(job))
+        (job.path/"anonymizer.safetensors").touch()
+    assert seen == ["runs/train_anonymizer", "runs/evaluate", "runs/evaluate"]
+
+
+def test_a_notebook_that_hangs_at_the_start_is_started_again(tmp_path):
+    flag = tmp_path/"flag"
+    nb = notebook(tmp_path/"sleepy.ipynb", f"import time; from pathlib import Path; f = Path({str(flag)!r})\nif not f.exists(): f.touch(); time.sleep(600)", "B = 0.3", tagged=1)
+    began = time.time()
+    sweep.run_notebook(nb, {}, tmp_path/"out.ipynb", start_s=12)
+    assert 12 < time.time() - began < 120
+
+
+def test_a_stopped_sweep_leaves_no_process_behind(tmp_path):
+    pid = tmp_path/"pid"
+    nb = notebook(tmp_path/"long.ipynb", "B = 0.3", f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    steps = sweep.follow(nb, {}, tmp_path/"out.ipynb")
+    while not pid.exists() or not pid.read_text(): next(steps); time.sleep(0.1)
+    steps.close()
+    kernel, began = int(pid.read_text()), time.time()
+    while Path(f"/proc/{kernel}").exists() and time.time() - began < 10: time.sleep(0.2)
+    assert not Path(f"/proc/{kernel}").exists(), "the kernel outlived its sweep"
+
+
+def test_a_shared_file_is_made_once_by_many(tmp_path):
+    code = f"""
+import time; from penaltyanon.sweep import make_once; from penaltyanon.core import atomic_write
+def make(path): open({str(tmp_path/'calls')!r}, "a").write("x"); time.sleep(0.5); atomic_write(path, "weights")
+make_once({str(tmp_path/'shared')!r}, make); assert open({str(tmp_path/'shared')!r}).read() == "weights" """
+    many = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [p.wait() for p in many] == [0]*4 and (tmp_path/"calls").read_text() == "x"
+
+
+def test_missing_papermill_is_one_line_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "penaltyanon\[run\]"'): sweep.run_notebook("runs/evaluate", {}, tmp_path/"x.ipynb")
+
+
+def test_threads_of_a_job_are_what_was_asked(tmp_path):
+    nb = notebook(tmp_path/"threads.ipynb", "B = 0.3", "import os; print(os.environ['OMP_NUM_THREADS'])")
+    done = sweep.run_notebook(nb, {}, tmp_path/"out.ipynb", threads=3)
+    assert read_json(done)["cells"][-1]["outputs"][0]["text"] == "3\n"
