@@ -37,30 +37,27 @@ class UNetPP(nn.Module):
     def __init__(self,
         decoder=(256, 128, 64, 32), # channels of the decoder, deepest first; the paper's by default
         encoder_weights: str | None = None, # "imagenet" downloads weights; None starts at random
-        residual: bool = False, # predict a change of the input's logits instead of the output
     ):
         super().__init__()
-        self.config = dict(decoder=tuple(decoder), residual=residual)
-        self.normalize, self.residual = Normalize(), residual
+        self.config = dict(decoder=tuple(decoder))
+        self.normalize = Normalize()
         self.net = UnetPlusPlus("resnet18", encoder_depth=4, encoder_weights=encoder_weights,
             decoder_channels=tuple(decoder), in_channels=3, classes=3)
         self.net.encoder.layer4 = nn.Identity()
         self.net.to(memory_format=torch.channels_last)
-        if residual: nn.init.zeros_(self.net.segmentation_head[0].weight); nn.init.zeros_(self.net.segmentation_head[0].bias)
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         check_frames(x)
         h, w = x.shape[-2:]
         padded = F.pad(x, (0, -w % 16, 0, -h % 16), mode="replicate")
-        y = self.net(self.normalize(padded))[..., :h, :w].float()
-        return torch.sigmoid(y + torch.logit(x.float(), 1e-3) if self.residual else y)
+        return torch.sigmoid(self.net(self.normalize(padded))[..., :h, :w].float())
 
 # %% ../nbs/20_anonymizers.ipynb #c009
 def check_frames(x):
     "One clear line when something else than frames arrives."
     if x.ndim != 4 or x.shape[1] != 3: raise UsageError(f"frames have shape (n, 3, h, w), got {tuple(x.shape)}; for clips use anonymize_clip")
 
-# %% ../nbs/20_anonymizers.ipynb #c016
+# %% ../nbs/20_anonymizers.ipynb #c014
 def freeze_batchnorm(
     net: nn.Module, # any network; changed in place
 ) -> nn.Module: # the same network, whose BatchNorm layers now always use their running statistics
@@ -69,7 +66,7 @@ def freeze_batchnorm(
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval(); m.train = lambda mode=True, m=m: m
     return net
 
-# %% ../nbs/20_anonymizers.ipynb #c019
+# %% ../nbs/20_anonymizers.ipynb #c017
 def anonymize_clip(
     anonymizer, # frames to frames
     clip: Float[Tensor, "n 3 t h w"], # clips in [0, 1]
@@ -78,7 +75,7 @@ def anonymize_clip(
     if clip.ndim != 5 or clip.shape[1] != 3: raise UsageError(f"clips have shape (n, 3, t, h, w), got {tuple(clip.shape)}")
     return rearrange(anonymizer(rearrange(clip, "n c t h w -> (n t) c h w")), "(n t) c h w -> n c t h w", n=len(clip))
 
-# %% ../nbs/20_anonymizers.ipynb #c022
+# %% ../nbs/20_anonymizers.ipynb #c020
 class Identity(nn.Module):
     "Returns its frames: the `raw` row of every table."
     config = {}
@@ -86,7 +83,7 @@ class Identity(nn.Module):
         check_frames(x)
         return x
 
-# %% ../nbs/20_anonymizers.ipynb #c025
+# %% ../nbs/20_anonymizers.ipynb #c023
 def save_anonymizer(
     path, # target, *.safetensors; a readable card is written beside it as *.json
     f_A: UNetPP, # the network
@@ -99,7 +96,7 @@ def save_anonymizer(
     atomic_write(path, save(weights, metadata={"card": json.dumps(card)}))
     return path
 
-# %% ../nbs/20_anonymizers.ipynb #c026
+# %% ../nbs/20_anonymizers.ipynb #c024
 def load_anonymizer(
     path, # *.safetensors written by `save_anonymizer`
 ) -> tuple[UNetPP, dict]: # the network in eval mode with frozen BatchNorm, and its card

@@ -384,7 +384,7 @@ def run_name(
 
 # %% ../nbs/00_core.ipynb #c081
 START = ("action_data", "privacy_data", "split", "frames", "skip", "size", "crop", "decoder", "anonymizer_weights",
-            "action_model", "privacy_model", "action_weights", "privacy_weights", "identity_steps", "identity_lr", "identity_target",
+         "action_model", "privacy_model", "action_weights", "privacy_weights", "identity_steps", "identity_lr", "identity_target",
          "warmup_steps", "warmup_lr", "batch_clips", "batch_images", "eval_batch", "clip_grad", "precision", "seed")
 
 # %% ../nbs/00_core.ipynb #c082

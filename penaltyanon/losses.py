@@ -86,12 +86,13 @@ def anonymizer_objective(
 
 # %% ../nbs/30_losses.ipynb #c030
 def dual_ascent(
-    lam: float, # current multiplier >= 0
+    memory: float, # I, the integral so far, >= 0
     violation: float, # mean RMS - B, in the penalty's units; negative when inside
-    lr: float, # eta, step of the multiplier
-) -> float: # next multiplier >= 0
-    "One step of dual ascent on the multiplier of the constraint RMS <= B."
-    return max(0.0, lam + lr * violation)
+    lr: float, # eta, step of the integral
+    gain: float = 10.0, # k, weight of the present violation
+) -> tuple[float, float]: # (lambda to use now, next memory), both >= 0
+    "PI-controlled multiplier of the constraint RMS <= B."
+    return max(0.0, memory + gain * lr * violation), max(0.0, memory + lr * violation)
 
 # %% ../nbs/30_losses.ipynb #c034
 def l1_reconstruction(

@@ -120,7 +120,7 @@ class Projector(nn.Module):
 
 # %% ../nbs/21_recognizers.ipynb #c023
 ACTION_MODELS = {"r3d_small": r3d_small, "i3d_r50": i3d_r50}
-PRIVACY_MODELS = {"r2d_small": r2d_small, "r50": r50}
+PRIVACY_MODELS = {"r2d_small": r2d_small, "resnet50": r50}
 
 # %% ../nbs/21_recognizers.ipynb #c024
 def load_builder(

@@ -134,22 +134,24 @@ def anonymizer_step(
     action: Tensor, # (n,) class indices
     views: Tensor, # (2 m, 3, h, w): first views, then second views, of m privacy images
     s: Settings, # B, units, scope, weights
-    lam: float, # current lambda
-) -> tuple[dict, Tensor, Tensor]: # what to log, the anonymized clips and views (detached)
+    lam: float, # lambda of the hinge; the controller's memory under `constraint`
+) -> tuple[dict, Tensor, Tensor, float]: # what to log, anonymized clips and views (detached), next memory
     "Step 1: move f_A, and nothing else, down the gradient of Eq. 3."
+    memory = lam
     set_mode([p.f_A], [p.f_T, p.f_B])
     with autocast(s, clip.device): x_anon, v_anon = anonymize_clip(p.f_A, clip), p.f_A(views)
     loss_T, loss_B = opponents_losses(p, x_anon, action, v_anon, s)
-    loss_P = rms_hinge(clip, x_anon, s.B, s.units, s.scope)
+    loss_P, change = rms_hinge(clip, x_anon, s.B, s.units, s.scope), rms(clip, x_anon.detach(), s.units).mean()
+    if s.penalty == "constraint": lam, memory = dual_ascent(memory, change.item() - s.B, s.dual_lr)
     g_T, = torch.autograd.grad(loss_T, x_anon)
     g_P, = torch.autograd.grad(loss_P, x_anon)
     g_B, = torch.autograd.grad(loss_B, v_anon)
     torch.autograd.backward([x_anon, v_anon], [s.weight_action * g_T + lam * g_P, -s.weight_privacy * g_B])
     norm = descend(p.f_A, p.opt_A, s)
     row = dict(loss_action=loss_T, loss_privacy=loss_B, loss_penalty=loss_P, lam=lam, objective=anonymizer_objective(loss_T, loss_B, loss_P, lam, s.weight_action, s.weight_privacy),
-        rms_clips=rms(clip, x_anon, s.units).mean(), rms_images=rms(views, v_anon, s.units).mean(),
+        rms_clips=change, rms_images=rms(views, v_anon, s.units).mean(),
         grad_action=g_T.norm(), grad_privacy=g_B.norm(), grad_penalty=g_P.norm(), grad_total=norm)
-    return {k: float(torch.as_tensor(v).detach()) for k, v in row.items()}, x_anon.detach(), v_anon.detach()
+    return {k: float(torch.as_tensor(v).detach()) for k, v in row.items()}, x_anon.detach(), v_anon.detach(), memory
 
 # %% ../nbs/40_training.ipynb #c020
 def opponents_step(
@@ -183,15 +185,14 @@ def minimax(
     for step in (bar := tqdm(range(1, steps + 1), desc=f"minimax B={s.B:g}", disable=not progress, mininterval=1)):
         start = time.perf_counter()
         clip, action, views = next_batch(clips, images, device)
-        row, x_anon, v_anon = anonymizer_step(p, clip, action, views, s, lam)          # step 1
+        row, x_anon, v_anon, lam = anonymizer_step(p, clip, action, views, s, lam)     # step 1
         if s.alternate_batches: clip, action, views = next_batch(clips, images, device)
         if s.alternate_batches or not s.share_forward: x_anon, v_anon = release(p.f_A, clip, views, s)
         row |= opponents_step(p, x_anon, action, v_anon, s)                            # step 2
         for _ in range(s.privacy_updates - 1): extra_privacy_step(p, images, s, device)
-        if s.penalty == "constraint": lam = dual_ascent(lam, row["rms_clips"] - s.B, s.dual_lr)
         if step % s.log_every == 0 or step == steps: log({"stage": "minimax", "step": step, "ms": 1e3 * (time.perf_counter() - start), **row})
         check_finite(row, step)
-        bar.set_postfix(L_T=f"{row['loss_action']:.2f}", L_B=f"{row['loss_privacy']:.2f}", rms=f"{row['rms_clips']:.2f}", lam=f"{lam:.1f}")
+        bar.set_postfix(L_T=f"{row['loss_action']:.2f}", L_B=f"{row['loss_privacy']:.2f}", rms=f"{row['rms_clips']:.2f}", lam=f"{row['lam']:.1f}")
     return dict(B=s.B, penalty=s.penalty, lam_final=lam, steps=steps)
 
 # %% ../nbs/40_training.ipynb #c023
@@ -244,7 +245,7 @@ def pretrain_identity(
         opt.zero_grad(); loss.backward(); opt.step(); rate.step()
         error = loss.item() if step == 1 else 0.9 * error + 0.1 * loss.item()
         log({"stage": "identity", "step": step, "l1": loss.item()}); bar.set_postfix(L1=f"{error:.4f}")
-        if error < s.identity_target: break
+        if error < s.identity_target and step >= min(30, s.identity_steps): break
     freeze_batchnorm(f_A)
     return error
 

@@ -63,7 +63,7 @@ def test_the_hash_changes_with_every_field_that_matters(s, data):
     changed = replace(s, **{field.name: other})
     assert (core.settings_hash(changed) == core.settings_hash(s)) == (field.name in MACHINE)
     assert (core.run_name(changed) == core.run_name(s)) == (field.name in MACHINE)
-    assert (core.identity_key(changed) == core.identity_key(s)) == (field.name not in core.IDENTITY)
+    assert (core.start_key(changed) == core.start_key(s)) == (field.name not in core.START)
 
 
 def test_the_hash_is_the_same_in_another_process():

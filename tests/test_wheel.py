@@ -17,7 +17,7 @@ def empty(tmp_path_factory, dist):
     "The interpreter of a new environment that holds the wheel and what it asks for."
     venv = tmp_path_factory.mktemp("empty")/"venv"
     python("-m", "venv", venv)
-    run(venv/"bin/python", "-m", "pip", "install", "-q", "-c", ROOT/"constraints.txt", *dist.glob("*.whl"))
+    run(venv/"bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", *dist.glob("*.whl"))
     yield venv/"bin/python"
     shutil.rmtree(venv)     # 6 GB
 
