@@ -212,6 +212,7 @@ class _Training:
     privacy_updates: int = 1       # updates of f_B in each iteration, >= 1
     clip_grad: float = 1.0         # largest gradient norm of f_A, >= 0; 0 = no clipping
     dual_lr: float = 1.0           # step of lambda under `constraint`, per unit of RMS - B, >= 0
+    margin: float = 0.1            # `constraint` aims at (1 - margin) * B: augmented clips change less than whole ones, [0, 1)
     alternate_batches: bool = False   # a new batch for each half step, as SPAct and the authors' code do
     share_forward: bool = False    # the opponents' step reuses the output of f_A's step (faster, one update old)
     precision: str = "bf16"        # bf16 (autocast) | fp32
@@ -292,7 +293,7 @@ def check_range(
     if low < AT_LEAST.get(name, 0): refuse(f"at least {AT_LEAST.get(name, 0)}")
     if name in POSITIVE and low == 0: refuse("more than 0")
     if name in AT_MOST and low > AT_MOST[name]: refuse(f"at most {AT_MOST[name]}")
-    if name == "holdout" and low >= 1: refuse("less than 1")
+    if name in ("holdout", "margin") and low >= 1: refuse("less than 1")
 
 # %% ../nbs/00_core.ipynb #c059
 @dataclass(frozen=True)
@@ -316,16 +317,20 @@ PRESETS["smoke"] = dict(
 # %% ../nbs/00_core.ipynb #c063
 PRESETS["demo"] = dict(
     action_data="puppets:data/puppets", privacy_data="puppets-images:data/puppets",
-    size=64, frames=8, skip=2, decoder=(64, 32, 16, 16), action_model="r3d_small", privacy_model="r2d_small", cache=True,
-    identity_steps=300, warmup_steps=100, warmup_lr=1e-3, steps=200, batch_clips=8, batch_images=16, penalty="constraint",
-    lr_anonymizer=5e-4, lr_action=1e-3, lr_privacy=1e-3, precision="fp32", share_forward=True,
-    eval_action_epochs=15, eval_privacy_epochs=15, eval_lr_action=1e-3, eval_batch=16, holdout=0.1)
+    size=48, frames=6, skip=3, decoder=(64, 32, 16, 16), action_model="r3d_small", privacy_model="r2d_small", cache=True,
+    identity_steps=300, identity_lr=2e-3, warmup_steps=250, warmup_lr=5e-3, steps=200, batch_clips=6, batch_images=10,
+    penalty="constraint", dual_lr=10.0, lr_anonymizer=5e-4, lr_action=1e-3, lr_privacy=1e-3,
+    share_forward=True, log_every=1, eval_action_epochs=18, eval_privacy_epochs=14, eval_lr_action=5e-3,
+    eval_lr_privacy=3e-3, eval_train_views=3)
 
 # %% ../nbs/00_core.ipynb #c064
 PRESETS["mini"] = dict(
-    action_data="ucf101:data/ucf101-mini", privacy_data="images:data/fairface-mini", size=112, frames=8, cache=True,
-    identity_steps=1000, warmup_steps=200, steps=1000, batch_images=16, penalty="constraint", lr_anonymizer=2e-4,
-    lr_privacy=1e-3, share_forward=True, eval_action_epochs=15, eval_privacy_epochs=15, eval_lr_action=1e-3)
+    action_data="ucf101:data/ucf101-mini", privacy_data="images:data/fairface-mini", size=96, frames=8, cache=True,
+    decoder=(128, 64, 32, 16), action_model="r3d_small", privacy_model="r2d_small",
+    identity_steps=300, identity_lr=2e-3, warmup_steps=150, warmup_lr=1e-3, steps=200, batch_clips=4, batch_images=12,
+    penalty="constraint", dual_lr=10.0, lr_anonymizer=5e-4, lr_action=3e-4, lr_privacy=3e-4, privacy_updates=2,
+    share_forward=True, log_every=1, eval_action_epochs=10, eval_privacy_epochs=6, eval_lr_action=5e-4,
+    eval_lr_privacy=5e-4, eval_train_views=2)
 
 # %% ../nbs/00_core.ipynb #c065
 PRESETS["paper"] = dict(action_data="ucf101:data/ucf101", privacy_data="vispr1:data/vispr")   # else the defaults: section 4.2

@@ -141,8 +141,9 @@ def anonymizer_step(
     set_mode([p.f_A], [p.f_T, p.f_B])
     with autocast(s, clip.device): x_anon, v_anon = anonymize_clip(p.f_A, clip), p.f_A(views)
     loss_T, loss_B = opponents_losses(p, x_anon, action, v_anon, s)
-    loss_P, change = rms_hinge(clip, x_anon, s.B, s.units, s.scope), rms(clip, x_anon.detach(), s.units).mean()
-    if s.penalty == "constraint": lam, memory = dual_ascent(memory, change.item() - s.B, s.dual_lr)
+    bound = s.B * (1 - s.margin) if s.penalty == "constraint" else s.B
+    loss_P, change = rms_hinge(clip, x_anon, bound, s.units, s.scope), rms(clip, x_anon.detach(), s.units).mean()
+    if s.penalty == "constraint": lam, memory = dual_ascent(memory, change.item() - bound, s.dual_lr)
     g_T, = torch.autograd.grad(loss_T, x_anon)
     g_P, = torch.autograd.grad(loss_P, x_anon)
     g_B, = torch.autograd.grad(loss_B, v_anon)
