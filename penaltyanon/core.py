@@ -318,7 +318,7 @@ PRESETS["smoke"] = dict(
 PRESETS["demo"] = dict(
     action_data="puppets:data/puppets", privacy_data="puppets-images:data/puppets",
     size=48, frames=6, skip=3, decoder=(64, 32, 16, 16), action_model="r3d_small", privacy_model="r2d_small", cache=True,
-    identity_steps=300, identity_lr=2e-3, warmup_steps=250, warmup_lr=5e-3, steps=200, batch_clips=6, batch_images=10,
+    identity_steps=300, identity_lr=2e-3, warmup_steps=250, warmup_lr=5e-3, steps=250, batch_clips=6, batch_images=12, privacy_updates=2,
     penalty="constraint", dual_lr=10.0, lr_anonymizer=5e-4, lr_action=1e-3, lr_privacy=1e-3,
     share_forward=True, log_every=1, eval_action_epochs=18, eval_privacy_epochs=14, eval_lr_action=5e-3,
     eval_lr_privacy=3e-3, eval_train_views=3)
