@@ -1,0 +1,138 @@
+"The game: who may move, that equal games are equal, and that the bound is kept."
+import math
+import pytest, torch
+from penaltyanon import training
+from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
+from penaltyanon.core import UserError, UsageError, resolve, seed_everything
+from penaltyanon.losses import rms
+
+CPU = torch.device("cpu")
+CLIP, ACTION, VIEWS = torch.rand(3, 3, 4, 32, 32), torch.tensor([0, 1, 2]), torch.rand(8, 3, 32, 32)
+
+
+class Data:
+    "Clips and pairs of views that depend on the index only"
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def set_epoch(self, e): pass
+    def __getitem__(self, i):
+        g = torch.Generator().manual_seed(i)
+        return dict(clip=torch.rand(3, 4, 32, 32, generator=g), action=i % 3, frame=torch.rand(2, 3, 32, 32, generator=g))
+
+
+def players(s, model="r3d_small"):
+    seed_everything(s.seed)
+    return training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU)
+
+
+def game(**changes):
+    s = resolve("smoke", **{**dict(precision="fp32", steps=4, lr_anonymizer=1e-3, penalty="hinge"), **changes})
+    p, rows = players(s), []
+    record = training.minimax(p, training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0), s, rows.append, progress=False)
+    return torch.cat([q.detach().flatten() for q in p.f_A.parameters()]), rows, record
+
+
+def snapshot(net): return {k: v.clone() for k, v in net.state_dict().items()}
+def changed(net, before): return [k for k, v in net.state_dict().items() if not torch.equal(v, before[k])]
+
+
+@pytest.mark.parametrize("model", ["r3d_small", "i3d_r50"])
+def test_each_step_moves_only_its_own(model):
+    "Parameters and buffers: a BatchNorm statistic that moves is a leak between the players."
+    s = resolve("smoke", precision="fp32", B=0.1, penalty="hinge", action_model=model, size=64)
+    p, clip = players(s), torch.rand(2, 3, 8, 64, 64)
+    before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
+    _, x, v, _ = training.anonymizer_step(p, clip, ACTION[:2], VIEWS, s, 1.0)
+    assert changed(p.f_A, before[0]) and not changed(p.f_T, before[1]) and not changed(p.f_B, before[2])
+    assert not [k for k in changed(p.f_A, before[0]) if "running" in k or "tracked" in k]
+    before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
+    training.opponents_step(p, x, ACTION[:2], v, s)
+    assert not changed(p.f_A, before[0]) and changed(p.f_T, before[1]) and changed(p.f_B, before[2])
+
+
+def test_no_penalty_three_ways():
+    free = game(penalty="none", B=0.0)[0]
+    assert torch.equal(game(B=math.inf)[0], free) and torch.equal(game(B=0.0, lam=0.0)[0], free)
+    assert not torch.equal(game(B=0.0, lam=50.0)[0], free), "the published penalty was bit-identical here"
+
+
+def test_the_same_seed_is_the_same_game():
+    assert torch.equal(game()[0], game()[0])
+    assert not torch.equal(game(seed=1)[0], game()[0])
+
+
+def test_the_trainer_records_its_own_B():
+    _, rows, record = game(B=0.7)
+    assert record["B"] == 0.7 and record["steps"] == 4 == len(rows)
+    wanted = {"loss_action", "loss_privacy", "loss_penalty", "rms_clips", "rms_images", "grad_action", "grad_privacy", "grad_penalty", "ms", "lam"}
+    assert all(wanted <= r.keys() and all(math.isfinite(r[k]) for k in wanted) for r in rows)
+
+
+def test_log_every_keeps_the_last_row():
+    assert [r["step"] for r in game(steps=5, log_every=2)[1]] == [2, 4, 5]
+
+
+class Tint(torch.nn.Module):
+    "A very small anonymizer that begins near the identity: it recolours"
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 1))
+    def forward(self, x): return torch.sigmoid(torch.logit(x.clamp(0.02, 0.98)) + self.net(x))
+
+
+class Night(torch.nn.Module):
+    "An opponent that is the better the darker the clip: a strong and steady force on f_A"
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, clip):
+        dark = -50 * clip.mean((1, 2, 3, 4)) + self.zero
+        return torch.stack([dark, 0 * dark, 0 * dark], 1)
+
+
+def test_the_constraint_holds_the_bound_that_the_plain_hinge_breaks():
+    ends = {}
+    for penalty in ("hinge", "constraint"):
+        s = resolve("smoke", precision="fp32", penalty=penalty, B=0.4, margin=0.0, dual_lr=5.0, lr_anonymizer=1e-2, steps=150)
+        p, rows = players(s), []
+        p.f_A, p.f_T = Tint(), Night()
+        p.opt_A, p.opt_T = (torch.optim.Adam(n.parameters(), s.lr_anonymizer) for n in (p.f_A, p.f_T))
+        clips = ({"clip": c["clip"], "action": 0 * c["action"]} for c in training.endless(Data(6), 3, 0))
+        training.minimax(p, clips, training.endless(Data(8), 4, 0), s, rows.append, progress=False)
+        ends[penalty] = sum(r["rms_clips"] for r in rows[-30:]) / 30
+    assert ends["constraint"] < 0.42 and ends["hinge"] > 0.6, ends
+
+
+def test_clipping_can_be_switched_off():
+    assert torch.isfinite(game(clip_grad=0.0)[0]).all()
+    assert not torch.equal(game(clip_grad=0.0)[0], game(clip_grad=1e-3)[0])
+
+
+def test_release_is_what_evaluation_sees():
+    "One function in step 1, step 2 and evaluation: BatchNorm is frozen, so train and eval mode agree."
+    s = resolve("smoke", precision="fp32")
+    p = players(s)
+    x, v = training.release(p.f_A, CLIP, VIEWS, s)
+    p.f_A.train()
+    with torch.no_grad(): assert torch.equal(training.anonymize_clip(p.f_A, CLIP), x) and torch.equal(p.f_A(VIEWS), v)
+
+
+def test_a_cpu_without_bf16_stays_in_float32(monkeypatch):
+    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
+    with training.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_bf16_follows_float32():
+    if not training.has_fast_bf16(CPU): pytest.skip("this CPU has no bfloat16 arithmetic")
+    exact, rough = (players(resolve("smoke", precision=p)) for p in ("fp32", "bf16"))
+    a, b = (training.release(p.f_A, CLIP, VIEWS, resolve("smoke", precision=q))[0] for p, q in ((exact, "fp32"), (rough, "bf16")))
+    assert rms(a, b).max() < 0.05
+
+
+def test_nan_stops_with_its_name():
+    with pytest.raises(UserError, match="loss_privacy became NaN at step 3"): training.check_finite({"loss_action": 1.0, "loss_privacy": math.nan}, 3)
+
+
+def test_the_oracle_needs_puppets():
+    with pytest.raises(UsageError, match="method=oracle needs generated data"):
+        training.load_collections(resolve("smoke", method="oracle", action_data="ucf101:/x", privacy_data="images:/y"))
