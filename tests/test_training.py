@@ -119,7 +119,8 @@ def test_release_is_what_evaluation_sees():
 
 def test_a_cpu_without_bf16_stays_in_float32(monkeypatch):
     monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
-    with training.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    training.no_bf16.cache_clear()
+    with pytest.warns(UserWarning, match="say precision=fp32"), training.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_bf16_follows_float32():
