@@ -39,7 +39,7 @@ def values_of(field):
     if name in core.CHOICES: return st.sampled_from(core.CHOICES[name])
     if name == "decoder": return st.lists(count, min_size=1, max_size=5)
     if name == "B": return zero_up | st.just(math.inf)
-    if name in ("crop", "holdout"): return st.floats(0.01, 0.99)
+    if name in ("crop", "holdout", "margin"): return st.floats(0.01, 0.99)
     if name == "split": return st.integers(1, 3)
     kind = type(getattr(Settings(), name))
     return {bool: st.booleans(), str: text, int: st.integers(8, 10**9), float: positive}[kind]
