@@ -56,7 +56,7 @@ def mean_score(scores: dict, key: str) -> float:
     "Unweighted mean over attributes; `ap` gives cMAP."
     return float(np.mean([s[key] for s in scores.values()])) if scores else float("nan")
 
-# %% ../nbs/50_evaluation.ipynb #c012
+# %% ../nbs/50_evaluation.ipynb #c013
 def bootstrap(
     statistic, # indices -> float
     n: int, # number of videos or images
@@ -70,7 +70,7 @@ def bootstrap(
         values = [statistic(draw.integers(0, n, n)) for _ in range(repeats)]
     return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
 
-# %% ../nbs/50_evaluation.ipynb #c015
+# %% ../nbs/50_evaluation.ipynb #c016
 @dataclass
 class Released:
     "An anonymized collection in memory."
@@ -79,7 +79,7 @@ class Released:
     attributes: Tensor # (n, k), NaN where unknown
     rms: dict # {"std": ..., "pixel": ...}, mean over samples
 
-# %% ../nbs/50_evaluation.ipynb #c016
+# %% ../nbs/50_evaluation.ipynb #c017
 def room(
     shape: tuple, # of the released data
     limit: float = 4e9, # bytes that may lie in memory
@@ -90,7 +90,7 @@ def room(
     if shutil.disk_usage(tempfile.gettempdir()).free < n: raise UserError(f"{tempfile.gettempdir()}: {n / 1e9:.0f} GB are needed for released data; set TMPDIR to a larger disk or lower eval_train_views")
     with tempfile.TemporaryFile() as f: return torch.from_numpy(np.memmap(f, np.uint8, "w+", shape=shape))
 
-# %% ../nbs/50_evaluation.ipynb #c018
+# %% ../nbs/50_evaluation.ipynb #c019
 @torch.no_grad()
 def release_data(
     f_A, # anonymizer
@@ -117,7 +117,7 @@ def release_data(
     action, attributes = (torch.cat(part) for part in zip(*labels))
     return Released(out, action, attributes, dict(zip(("std", "pixel"), torch.cat(changes, 1).mean(1).tolist())))
 
-# %% ../nbs/50_evaluation.ipynb #c019
+# %% ../nbs/50_evaluation.ipynb #c020
 def with_views(
     batch: dict, # of a ClipDataset or a FrameDataset
 ) -> Tensor: # (n, views, 3, [t,] h, w)
@@ -125,7 +125,7 @@ def with_views(
     x, dims = (batch["clip"], 6) if "clip" in batch else (batch["frame"], 5)
     return x if x.ndim == dims else x[:, None]
 
-# %% ../nbs/50_evaluation.ipynb #c020
+# %% ../nbs/50_evaluation.ipynb #c021
 def release_batch(
     f_A, # anonymizer
     x: Tensor, # (n, views, 3, ...) in [0, 1]
@@ -139,7 +139,7 @@ def release_batch(
     change = torch.stack([reduce(rms(flat, y, u), "(n v) -> n", "mean", n=len(x)) for u in ("std", "pixel")]).cpu()
     return rearrange((255 * y).round().to(torch.uint8).cpu(), "(n v) ... -> n v ...", n=len(x)), change
 
-# %% ../nbs/50_evaluation.ipynb #c023
+# %% ../nbs/50_evaluation.ipynb #c024
 def attribute_loss(
     logits: Float[Tensor, "n k"],
     labels: Float[Tensor, "n k"], # 0, 1, NaN for unknown
@@ -148,7 +148,7 @@ def attribute_loss(
     known = ~labels.isnan()
     return F.binary_cross_entropy_with_logits(logits[known], labels[known]) if known.any() else logits.sum() * 0
 
-# %% ../nbs/50_evaluation.ipynb #c025
+# %% ../nbs/50_evaluation.ipynb #c026
 def augment(
     x: Float[Tensor, "n 3 ..."], # released clips or frames in [0, 1]
     generator: torch.Generator,
@@ -158,7 +158,7 @@ def augment(
     x = torch.where(torch.rand(one, generator=generator).to(x.device) < 0.5, x.flip(-1), x)
     return (x * (0.9 + 0.2 * torch.rand(one, generator=generator).to(x.device))).clamp(0, 1)
 
-# %% ../nbs/50_evaluation.ipynb #c027
+# %% ../nbs/50_evaluation.ipynb #c028
 def fit(
     net: nn.Module, # fresh attacker; changed in place
     x: Tensor, # uint8 (n, views, 3, ...) released training data
@@ -193,7 +193,7 @@ def fit(
     net.load_state_dict(keep)
     return net
 
-# %% ../nbs/50_evaluation.ipynb #c028
+# %% ../nbs/50_evaluation.ipynb #c029
 @torch.no_grad()
 def predict(
     net: nn.Module, # attacker
@@ -208,7 +208,7 @@ def predict(
         with autocast(s, device, opponent=True): out.append(net(part.to(device).float() / 255).float().cpu())
     return rearrange(torch.cat(out), "(n v) k -> n v k", n=len(x))
 
-# %% ../nbs/50_evaluation.ipynb #c033
+# %% ../nbs/50_evaluation.ipynb #c034
 def utility(
     train: Released, test: Released, # anonymized clips
     held: Tensor, # bool, held-out part of train
@@ -221,7 +221,7 @@ def utility(
     p, y = predict(net, test.x, s, device).softmax(-1).mean(1).numpy(), test.action.numpy()
     return dict(top1=top1(p, y), ci=bootstrap(lambda i: top1(p[i], y[i]), len(y), s.bootstrap), n=len(y), chance=100 * float(np.bincount(y).max() / len(y)))
 
-# %% ../nbs/50_evaluation.ipynb #c034
+# %% ../nbs/50_evaluation.ipynb #c035
 def leakage(
     train: Released, test: Released, # anonymized frames
     held: Tensor, # bool, held-out part of train
@@ -238,7 +238,7 @@ def leakage(
     return dict(cmap=mean_score(scores, "ap"), ci=ci, f1=mean_score(scores, "f1"), f1_logit=mean_score(scores, "f1_logit"),
         base_rate=mean_score(scores, "base"), n=len(y), attributes=scores)
 
-# %% ../nbs/50_evaluation.ipynb #c035
+# %% ../nbs/50_evaluation.ipynb #c036
 def frames_of(
     clips: Released, # n clips of v views
     apart: bool = False, # every view a sample of its own (training), else all frames of a video together (testing)
@@ -248,7 +248,7 @@ def frames_of(
     action, attributes = (y.repeat_interleave(clips.x.shape[1], 0) for y in (clips.action, clips.attributes))
     return Released(rearrange(clips.x, "n v c t h w -> (n v) t c h w"), action, attributes, clips.rms)
 
-# %% ../nbs/50_evaluation.ipynb #c039
+# %% ../nbs/50_evaluation.ipynb #c040
 def evaluate(
     f_A, # frozen anonymizer
     actions, images, # collections of action clips and privacy images
@@ -269,13 +269,13 @@ def evaluate(
             frames=leakage(*frames, held.repeat_interleave(views), actions.attribute_names, s, device, logger("eval-privacy-frames"), progress)),
         rms=dict(clips=clips[1].rms, images=pictures[1].rms), minutes=(time.time() - start) / 60)
 
-# %% ../nbs/50_evaluation.ipynb #c040
+# %% ../nbs/50_evaluation.ipynb #c041
 def release_splits(f_A, data, collection, what, s, device, progress):
     "Train and test split of a collection, anonymized."
     train = release_data(f_A, data(s, collection.train, True, s.seed), s, device, s.eval_train_views, f"{what} train", progress)
     return train, release_data(f_A, data(s, collection.test, False, views=s.eval_views), s, device, 1, f"{what} test", progress)
 
-# %% ../nbs/50_evaluation.ipynb #c041
+# %% ../nbs/50_evaluation.ipynb #c042
 def held_out(collection, s):
     "Mask of the training records on which epochs are chosen."
     names = {r.name for r in split_holdout(collection.train, s.holdout, s.seed)[1]}
