@@ -16,9 +16,9 @@ from .core import Settings, UsageError, UserError, read_json, resolve, run_name,
 
 # %% ../nbs/70_sweep.ipynb #c005
 METHODS = {
+    "lambda0": "the minimax game without the penalty, which is SPAct's objective",
     "raw": "no anonymizer: how much utility and how much leakage there is to begin with",
     "oracle": "puppets only: neutral silhouettes, the best any anonymizer could do",
-    "lambda0": "the minimax game without the penalty, which is SPAct's objective",
     "penalty": "the game with the penalty, for every B",
 }
 
