@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .core import Settings, UserError
 from .datasets import split_holdout
-from .anonymizers import Identity, anonymize_clip
+from .anonymizers import anonymize_clip
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
 from .losses import rms
 from .training import autocast, clip_data, frame_data, pick_device, set_mode

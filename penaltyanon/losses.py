@@ -10,7 +10,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'unit_scale', 'rms', 'rms_hinge', 'n
 import math
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 from .core import UsageError

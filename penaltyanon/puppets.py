@@ -8,7 +8,7 @@ __all__ = ['MOVES', 'ACTIONS', 'ATTRIBUTES', 'BASE', 'FINE', 'SKINS', 'HAIRS', '
            'Scene', 'draw_backdrop', 'draw_scene', 'draw_frame', 'draw_clip', 'Item', 'write_puppets']
 
 # %% ../nbs/13_puppets.ipynb #c002
-import colorsys, csv, json, math, multiprocessing, os, shutil, sys, tempfile
+import colorsys, csv, json, math, multiprocessing, sys, tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial

@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from .core import UserError, atomic_write, finished_runs, read_json
-from .sweep import find_notebook, run_notebook
+from .sweep import run_notebook
 
 # %% ../nbs/75_report.ipynb #c005
 PAPER_FIGURE3 = pd.DataFrame(

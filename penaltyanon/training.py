@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from .core import UserError, UsageError, Settings, atomic_write
 from .datasets import ClipDataset, FrameDataset, open_data
-from .anonymizers import Identity, UNetPP, anonymize_clip, freeze_batchnorm
+from .anonymizers import anonymize_clip, freeze_batchnorm
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, Projector, build_model
 from .losses import anonymizer_objective, dual_ascent, l1_reconstruction, nt_xent, rms, rms_hinge
 

@@ -3,7 +3,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from penaltyanon import sweep
-from penaltyanon.core import RunFolder, UsageError, UserError, read_json, resolve, run_name, settings_dict
+from penaltyanon.core import RunFolder, UsageError, UserError, read_json, resolve, run_name
 
 
 def notebook(path, *sources, tagged=0):
