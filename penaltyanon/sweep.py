@@ -187,7 +187,7 @@ def follow(
     output: str | Path,      # the executed notebook
     threads: int = 1,        # OMP_NUM_THREADS of the process; 0 leaves it alone
     start_s: float = 180.,   # seconds a notebook may take to get through its first code cell
-    tries: int = 2,          # a notebook that does not get going is killed and started once more
+    tries: int = 2,          # a notebook that does not get going, or whose kernel dies at birth, is started once more
 ):
     "Run a notebook by papermill: yields while it works, raises `UserError` with its last words when it fails"
     source, output = find_notebook(name), Path(output)
@@ -204,8 +204,9 @@ def follow(
                 started = started or has_started(output)
         finally: _stop(process)
         if process.returncode == 0: break
-        if started or time.monotonic() - began < start_s: raise UserError(f"{source.name}: {last_words(log)} (see {log})")
-        if not left: raise UserError(f"{source.name} did not get through its first cell in {start_s:g} s, {tries} times (see {log})")
+        lost = "Kernel died before replying" in (words := last_words(log))   # two kernels took the same port
+        if not lost and (started or time.monotonic() - began < start_s): raise UserError(f"{source.name}: {words} (see {log})")
+        if not left: raise UserError(f"{source.name} {words if lost else f'did not get through its first cell in {start_s:g} s'}, {tries} times (see {log})")
     tidy(output)
     for f in (log, log.with_suffix(".yaml")): f.unlink(missing_ok=True)
 

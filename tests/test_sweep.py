@@ -117,3 +117,19 @@ def test_threads_of_a_job_are_what_was_asked(tmp_path):
     nb = notebook(tmp_path/"threads.ipynb", "B = 0.3", "import os; print(os.environ['OMP_NUM_THREADS'])")
     done = sweep.run_notebook(nb, {}, tmp_path/"out.ipynb", threads=3)
     assert read_json(done)["cells"][-1]["outputs"][0]["text"] == "3\n"
+
+
+@pytest.mark.parametrize("deaths, ends", [(1, "well"), (2, "badly")])
+def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, deaths, ends):
+    "Two kernels that start at the same moment can take the same port; one of them dies."
+    started, launch = [], sweep._launch
+    def clash(source, output, parameters, log, threads):
+        started.append(output)
+        if len(started) > deaths: return launch(source, output, parameters, log, threads)
+        log.write_text("RuntimeError: Kernel died before replying to kernel_info\n")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
+    monkeypatch.setattr(sweep, "_launch", clash)
+    book, out = notebook(tmp_path/"book.ipynb", "x = 1", "print(x)"), tmp_path/"out.ipynb"
+    if ends == "well": assert sweep.run_notebook(book, {"x": 2}, out).exists() and len(started) == 2
+    else:
+        with pytest.raises(UserError, match="Kernel died before replying to kernel_info, 2 times"): sweep.run_notebook(book, {"x": 2}, out)
