@@ -5,7 +5,6 @@
 A builder takes the number of outputs and returns a module: clips (n, 3, t, h, w) or frames (n, 3, h, w), RGB in
 [0, 1], to logits. The weight files are read from the folder PENALTYANON_WEIGHTS (default ../shared/data/weights).
 """
-import importlib.util
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from einops import rearrange
 from torchvision.models import mobilenet_v2
 
 from penaltyanon.core import UserError
+from penaltyanon.recognizers import load_builder
 
 
 def weights_file(name):
@@ -31,10 +31,8 @@ class MoViNet(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        spec = importlib.util.spec_from_file_location("movinet_a0_torch", weights_file("movinet_a0_torch.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.net = module.MoViNetA0Stream(str(weights_file("movinet_a0_k600_dequant.npz")))
+        build = load_builder(f"{weights_file('movinet_a0_torch.py')}:MoViNetA0Stream")
+        self.net = build(str(weights_file("movinet_a0_k600_dequant.npz")))
         # the last Kinetics layer is never used: only what lies before the 2048 features can learn
         self.drop, self.head = nn.Dropout(0.2), nn.Linear(self.dim, classes)
 

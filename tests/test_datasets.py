@@ -5,13 +5,13 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
+from conftest import SHARED
 from penaltyanon import datasets
 from penaltyanon.core import UsageError, UserError
 from penaltyanon.datasets import (VISPR1, VP_ATTRIBUTES, ClipDataset, FrameDataset, Record, attribute_images, data_manifest, index_files, open_data,
                                   read_labels, split_holdout, ucf101, vispr)
 from penaltyanon.video import read_frames, sample_indices, write_video
 
-SHARED = Path(os.environ.get("PENALTYANON_SHARED") or Path(__file__).parents[2]/"shared/data")
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
 LISTS = "ucfTrainTestlist"
 

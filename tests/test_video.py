@@ -1,13 +1,12 @@
 "Reading: the frames asked for and no others, from every kind of file; damage is found, real clips are not mistaken for it."
-import csv, os, random, wave
-from pathlib import Path
+import csv, random, wave
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from conftest import SHARED
 from penaltyanon import video
 from penaltyanon.core import UserError
 from penaltyanon.video import VideoError, frame_count, read_frames, read_image, sample_indices, write_video
 
-SHARED = Path(os.environ.get("PENALTYANON_SHARED") or Path(__file__).parents[2]/"shared/data")
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real clips under {SHARED}; set PENALTYANON_SHARED")
 KINDS = {"mpeg4.avi": dict(codec="mpeg4", g=12), "mpeg4-b.avi": dict(codec="mpeg4", bf=2, g=30), "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
          "h264.mp4": dict(codec="libx264", bf=3, g=25), "h264-b.avi": dict(codec="libx264", bf=3, g=25), "h264-p.avi": dict(codec="libx264", bf=0, g=25),
