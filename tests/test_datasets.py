@@ -6,10 +6,11 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from conftest import SHARED
-from penaltyanon import datasets
+from penaltyanon import datasets, records
 from penaltyanon.core import UsageError, UserError
-from penaltyanon.datasets import (VISPR1, VP_ATTRIBUTES, ClipDataset, FrameDataset, Record, attribute_images, data_manifest, index_files, open_data,
-                                  read_labels, split_holdout, ucf101, vispr)
+from penaltyanon.datasets import (SOURCES, VISPR1, VISPR2, VP_ATTRIBUTES, ClipDataset, FrameDataset, Record, attribute_images, attributes_at, data_manifest,
+                                  hmdb51, index_files, open_data, pa_hmdb51, read_labels, split_holdout, twin, ucf101, vispr)
+from penaltyanon.layouts import HMDB_CLASSES, TITLES, write_layouts
 from penaltyanon.video import read_frames, sample_indices, write_video
 
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
@@ -59,6 +60,164 @@ def test_official_layout(ucf):
     assert open_data(f"ucf101:{ucf}").attribute_names == c.attribute_names and open_data(f"puppets:{ucf}").name == "puppets"
 
 
+# ---- the other official layouts, in small
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory): return write_layouts(tmp_path_factory.mktemp("all")/"official")
+
+
+@pytest.fixture
+def hmdb(official, tmp_path): return Path(shutil.copytree(official/"hmdb51", tmp_path/"hmdb"))
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_hmdb51_with_names_as_people_type_them(official, split):
+    c = open_data(f"hmdb51:{official/'hmdb51'}", split)
+    assert c.classes == tuple(HMDB_CLASSES) == ("sway", "walk", "walk_aside", "wave")          # a class may begin like another
+    assert (len(c.train), len(c.test)) == ((28, 8) if split < 3 else (28, 8)) and not c.excluded and c.attribute_names == VP_ATTRIBUTES
+    assert {r.name.split("/")[1].split(f"_{r.name.split('/')[0]}_f")[0] for r in c.train + c.test} == set(TITLES)
+    assert all(c.classes[r.action] == r.path.parent.name and r.frames == 24 and not np.isnan(r.attributes).any() for r in c.train + c.test)
+    assert not {r.name for r in c.train} & {r.name for r in c.test}
+    item = ClipDataset(c.test, frames=4, skip=2, size=16, train=False)[0]
+    assert item["clip"].shape == (5, 3, 4, 16, 16) and item["clip"].std() > 0.02
+    assert hmdb51(official/"hmdb51"/"hmdb51_org", split).test[0].attributes == ()                # only asked labels are read
+
+
+def test_every_odd_character_in_a_file_name(tmp_path):
+    names = [f"{'' if i % 2 else 'x'}{ch}y_{ch}_wave_f_nm_np1_fr_med_{i}.avi" for i, ch in enumerate("#!&()[]{}'`;,=+-_@%~^$ü.*?|<>\"\\")]
+    names += ["..dots_wave_f_nm_np1_fr_med_0.avi", ".hidden_wave_f_nm_np1_fr_med_1.avi", "a.b.c_wave_f_nm_np1_fr_med_2.avi", "%05d_wave_f_nm_np1_fr_med_3.avi", "-_wave_f_nm_np1_fr_med_4.avi"]
+    (tmp_path/"hmdb51_org/wave").mkdir(parents=True); (tmp_path/"testTrainMulti_7030_splits").mkdir()
+    for n in names: write_video(tmp_path/"hmdb51_org/wave"/n, torch.zeros(5, 3, 16, 16, dtype=torch.uint8))
+    (tmp_path/"testTrainMulti_7030_splits/wave_test_split1.txt").write_text("".join(f"{n} {1 + i % 2} \n" for i, n in enumerate(names)))
+    (tmp_path/"hmdb51_privacy_attribute_label.pickle").write_bytes(pickle.dumps({f"wave/{n[:-4]}.mp4": np.array([[1, 0, 1, 0, i % 2]]) for i, n in enumerate(names)}))
+    c = open_data(f"hmdb51:{tmp_path}")
+    assert sorted(r.name for r in c.train + c.test) == sorted(f"wave/{n}" for n in names)
+    assert all(r.attributes == (1, 0, 1, 0, 0) for r in c.train) and all(r.attributes == (1, 0, 1, 0, 1) for r in c.test)
+    assert all(ClipDataset(c.train, frames=2, skip=1, size=8)[i]["clip"].shape == (3, 2, 8, 8) for i in range(len(c.train)))
+
+
+@pytest.mark.parametrize("line", ["a_wave.avi", "a_wave.avi 3", "wave/a.avi 1", "1", " 1"])
+def test_wrong_hmdb_lines(hmdb, line):
+    with open(hmdb/"testTrainMulti_7030_splits/wave_test_split1.txt", "a") as f: f.write(line + "\n")
+    refuse(lambda: hmdb51(hmdb), "wave_test_split1.txt: line 11 .* use the official split lists")
+
+
+def test_a_clip_twice_in_a_list_and_clips_that_are_missing(hmdb):
+    lists = hmdb/"testTrainMulti_7030_splits/wave_test_split1.txt"
+    lines = lists.read_text().splitlines()
+    lists.write_text("\n".join([*lines, lines[0]])); refuse(lambda: hmdb51(hmdb), "line 11")
+    lists.write_text("\n".join(lines)); (hmdb/"hmdb51_org/wave"/lines[0].split(" ")[0]).unlink()
+    refuse(lambda: hmdb51(hmdb), "1 listed clips are missing, first wave/#20_Rhythm_wave")
+    shutil.rmtree(hmdb/"hmdb51_org/wave"); refuse(lambda: hmdb51(hmdb), "class wave is empty; unpack the whole archive")
+    for p in (hmdb/"testTrainMulti_7030_splits").glob("*split2.txt"): p.unlink()
+    refuse(lambda: hmdb51(hmdb, 2), "no list <class>_test_split2.txt; unpack HMDB51's official splits")
+    shutil.rmtree(hmdb/"hmdb51_org"); refuse(lambda: hmdb51(hmdb), "give the folder that holds hmdb51_org")
+
+
+@pytest.mark.parametrize("name,folder", [("vp-ucf101", "ucf101"), ("vp-hmdb51", "hmdb51")])
+def test_vp_sets_need_their_labels(official, tmp_path, name, folder):
+    c = open_data(f"{name}:{official/folder}")
+    assert c.name == name and c.attribute_names == VP_ATTRIBUTES and not any(np.isnan(r.attributes).any() for r in c.train + c.test)
+    own = Path(shutil.copytree(official/folder, tmp_path/folder))
+    pickle_file = own/f"{folder}_privacy_attribute_label.pickle"; kept = pickle_file.rename(tmp_path/"labels.pickle")
+    assert open_data(f"{folder}:{own}").attribute_names == ()
+    refuse(lambda: open_data(f"{name}:{own}"), f"put {pickle_file.name} .*stprivacy")
+    assert open_data(f"{name}:{own}", attributes=str(kept)).train[0].attributes == c.train[0].attributes
+    other = official/("hmdb51" if folder == "ucf101" else "ucf101")
+    refuse(lambda: open_data(f"{name}:{own}", attributes=str(next(other.glob("*.pickle")))), "labelled clips are in no split list")
+
+
+def test_the_whole_pickle_serves_a_restricted_list(official, tmp_path):
+    own = Path(shutil.copytree(official/"ucf101", tmp_path/"ucf"))
+    for part in "train", "test":
+        path = own/f"ucfTrainTestlist/{part}list01.txt"
+        path.write_text("".join(l for l in path.read_text().splitlines(True) if not l.startswith("Kick")))
+    c = open_data(f"vp-ucf101:{own}")
+    assert c.classes == ("Clap", "Jump", "JumpingJack") and not any(np.isnan(r.attributes).any() for r in c.train + c.test)
+
+
+def test_a_class_that_a_split_does_not_use_is_dropped(hmdb):
+    lists = hmdb/"testTrainMulti_7030_splits/walk_test_split1.txt"
+    lists.write_text("".join(f"{l.split(' ')[0]} 0 \n" for l in lists.read_text().splitlines()))
+    c = hmdb51(hmdb)
+    assert c.classes == ("sway", "walk_aside", "wave") and {r.action for r in c.train} == {0, 1, 2} and len(hmdb51(hmdb, 2).classes) == 4
+
+
+# ---- PA-HMDB51
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_no_clip_of_pa_hmdb51_is_trained_on(official, split):
+    "The published code trains on about half of its own test set; ours may never."
+    pa, whole = open_data(f"pa-hmdb51:{official/'hmdb51'}", split), open_data(f"hmdb51:{official/'hmdb51'}", split)
+    labelled = {f"{p.stem}/{n}" for p in (official/"hmdb51/PrivacyAttributes").glob("*.json") for n in json.loads(p.read_text())}
+    assert {r.name for r in pa.test} == labelled and len(labelled) == 12
+    assert {r.name for r in pa.train} == {r.name for r in whole.train} - labelled
+    assert {r.name for r in whole.train} & labelled                                          # or there would be nothing to take out
+    assert pa.attribute_names == VP_ATTRIBUTES and pa.classes == whole.classes and not any(np.isnan(r.attributes).any() for r in pa.train)
+
+
+def test_frame_labels_reach_single_frames_and_video_labels_the_rest(official):
+    c = open_data(f"pa-hmdb51:{official/'hmdb51'}")
+    face = VP_ATTRIBUTES.index("face")
+    r = next(r for r in c.test if attributes_at(r, 0)[face] != attributes_at(r, r.frames - 1)[face])
+    assert [attributes_at(r, f)[face] for f in (0, 11, 12, 23)] == [1, 1, 0, 0] and r.attributes[face] == 1
+    assert FrameDataset([r], size=16, train=False)[0]["attributes"][face] == 0                # the middle frame, 12
+    assert FrameDataset([r], size=16, train=False, views=4)[0]["attributes"][face] == 1
+    assert ClipDataset([r], frames=4, size=16, train=False)[0]["attributes"][face] == 1
+    data, seen = FrameDataset([r], size=16, jitter=0, grey=0, erase=0), set()
+    for e in range(20): data.set_epoch(e); seen.add(float(data[0]["attributes"][face]))
+    assert seen == {0, 1}                                                                    # drawn frames carry their own labels
+
+
+@pytest.mark.parametrize("last,fits", [(23, True), (24, True), (25, True), (26, False), (21, True), (20, False), (407, False)])
+def test_frame_labels_stay_only_where_they_fit(hmdb, last, fits):
+    file = next((hmdb/"PrivacyAttributes").glob("wave.json"))
+    clip = next(iter(json.loads(file.read_text())))
+    file.write_text(json.dumps({clip: {"face": [[0, 9, 0], [10, last, 1]]}}))
+    r = {r.name: r for r in pa_hmdb51(hmdb).test}[f"wave/{clip}"]
+    assert bool(r.spans) == fits and r.attributes[1] == 1 and np.isnan(r.attributes[0])       # 24 frames decode
+
+
+def test_pa_hmdb51_in_one_file_and_wrong_ones(hmdb):
+    read = lambda: pa_hmdb51(hmdb, attributes="auto")
+    want = read()
+    one = {f"{p.stem}/{n}": v for p in (hmdb/"PrivacyAttributes").glob("*.json") for n, v in json.loads(p.read_text()).items()}
+    shutil.rmtree(hmdb/"PrivacyAttributes"); refuse(lambda: pa_hmdb51(hmdb), "PrivacyAttributes: no such file or folder")
+    (hmdb/"pa_hmdb51_segments.json").write_text(json.dumps(one)); assert read() == want
+    (hmdb/"pa_hmdb51_segments.json").write_text(json.dumps(one | {"wave/of_another_set.avi": {"face": [[0, 1, 1]]}}))
+    with pytest.warns(UserWarning, match="1 clips of PA-HMDB51 are in none of HMDB51's lists, first wave/of_another_set.avi"): assert read() == want
+    for text, why in (("{", "not valid JSON"), ("[1]", "not PA-HMDB51's labels"), ('{"wave/a.avi": {"face": [[0, 5]]}}', "not PA-HMDB51's labels"),
+                      ('{"wave/a.avi": {"face": [[0, 5, "x"]]}}', "not PA-HMDB51's labels"), ('{"wave/a.avi": {}}', "no clip with a labelled frame"),
+                      ('{"wave/a.avi": {"face": [[0, 5, 1]]}}', "no labelled clip is in HMDB51's lists")):
+        (hmdb/"pa_hmdb51_segments.json").write_text(text); refuse(lambda: pa_hmdb51(hmdb), why)
+
+
+# ---- names of data sets
+
+def test_vispr_pa_asks_what_pa_hmdb51_asks(official):
+    c, whole = open_data(f"vispr-pa:{official/'vispr'}"), {r.name: r.attributes for r in open_data(f"vispr1:{official/'vispr'}").train}
+    assert c.attribute_names == open_data(f"pa-hmdb51:{official/'hmdb51'}").attribute_names
+    for r in c.train:
+        v = dict(zip(VISPR1, whole[r.name]))
+        assert r.attributes == (v["a17_color"], max(v["a9_face_complete"], v["a10_face_partial"]), v["a4_gender"], v["a12_semi_nudity"], max(v["a64_rel_personal"], v["a65_rel_social"]))
+
+
+def test_columns_of_attribute_images(official):
+    names = lambda spec: open_data(f"{spec}:{official/'images'}").attribute_names
+    assert names("images@gender") == ("gender_Male",) and names("images@age,gender") == ("age_0-2", "age_20-29", "age_more than 70", "gender_Male")
+    assert set(names("images@race")) | set(names("images@age,gender")) == set(names("images")) and not set(names("images@race")) & set(names("images@age,gender"))
+    refuse(lambda: names("images@gendr"), "no column 'gendr' .*did you mean 'gender'", UsageError)
+    refuse(lambda: names("images@file"), "no attribute column")
+    refuse(lambda: names("vispr1@race"), "only images have columns", UsageError)
+
+
+def test_twins():
+    for world in "", "-b":
+        assert twin(f"puppets{world}:/d:e") == f"puppets{world}-oracle:/d:e" and twin(f"puppets{world}-images:~/d") == f"puppets{world}-oracle-images:~/d"
+    assert {twin(f"{n}:x").partition(":")[0] for n in SOURCES if n.startswith("puppets") and "oracle" not in n} < set(SOURCES)
+    for spec in "ucf101:d", "puppets-oracle:d", "puppets-c:d", "puppets", "puppets:", "images@a:d": refuse(lambda: twin(spec), "no neutral twin", UsageError)
+
+
 # ---- damage
 
 def test_damaged_files_are_left_out_by_name(own):
@@ -71,13 +230,13 @@ def test_damaged_files_are_left_out_by_name(own):
 
 def test_files_are_decoded_once_and_again_when_they_change(own, monkeypatch):
     names, seen = ["Jump/v_Jump_g01_c01.avi", "Walk/v_Walk_g01_c01.avi"], []
-    probe = datasets._probe
-    monkeypatch.setattr(datasets, "_probe", lambda p: (seen.append(p.name), probe(p))[1])
+    probe = records._probe
+    monkeypatch.setattr(records, "_probe", lambda p: (seen.append(p.name), probe(p))[1])
     assert index_files(own/"UCF-101", names) == index_files(own/"UCF-101", names) and len(seen) == 2
     write_video(own/"UCF-101"/names[0], torch.zeros(7, 3, 32, 32, dtype=torch.uint8))
     assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21} and len(seen) == 3
     for broken in "", "[]", "{\"Jump/v_Jump_g01_c01.avi\": 3}", "{\"Jump/v_Jump_g01_c01.avi\": []}":
-        datasets._index_file(own/"UCF-101").write_text(broken)               # a spoiled index costs time, nothing else
+        records._index_file(own/"UCF-101").write_text(broken)               # a spoiled index costs time, nothing else
         assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21}
 
 
@@ -295,6 +454,47 @@ def test_real_ucf101():
     for split in 2, 3: assert len(ucf101(SHARED/"ucf101-mini", split).classes) == 10
 
 
+hmdb_mini = pytest.mark.skipif(not (SHARED/"hmdb51-mini").is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
+
+
+@hmdb_mini
+def test_real_hmdb51():
+    rows = {r["file"]: r for r in csv.DictReader(open(SHARED/"hmdb51-mini/clips.csv"))}
+    c = open_data(f"vp-hmdb51:{SHARED/'hmdb51-mini'}")
+    assert c.classes == ("brush_hair", "golf", "pullup", "walk", "wave") and (len(c.train), len(c.test)) == (100, 49) and not c.excluded
+    assert {r.name: r.frames for r in c.train + c.test} == {n: int(r["frames_decoded"]) for n, r in rows.items()}
+    assert {r.name for r in c.test} == {n for n, r in rows.items() if r["split1"] == "test"} and any(set(r.name) & set("#!()") for r in c.train + c.test)
+    assert c.attribute_names == VP_ATTRIBUTES and not any(np.isnan(r.attributes).any() for r in c.train + c.test)
+    c = hmdb51(SHARED/"hmdb51-mini", 3)
+    assert (len(c.train), len(c.test)) == (82, 37)
+    refuse(lambda: hmdb51(SHARED/"hmdb51-mini", 2), "class walk is empty, no training clip is left")     # of the few clips here split 2 trains on none
+
+
+@hmdb_mini
+def test_real_short_clips_are_played_in_a_loop():
+    c = hmdb51(SHARED/"hmdb51-mini")
+    r = min(c.train, key=lambda r: r.frames)
+    assert r.frames < 16 * 4
+    item = ClipDataset([r], size=24)[0]
+    assert item["clip"].shape == (3, 16, 24, 24) and item["clip"].std() > 0.02
+    views = ClipDataset([r], size=24, train=False)[0]["clip"]
+    assert views.shape == (5, 3, 16, 24, 24) and torch.equal(views[0], views[4])                # there is one start
+
+
+@hmdb_mini
+def test_real_pa_hmdb51():
+    truth = json.loads((SHARED/"hmdb51-mini/pa_hmdb51_segments.json").read_text())
+    for split in 3, 1:
+        c = open_data(f"pa-hmdb51:{SHARED/'hmdb51-mini'}", split)
+        assert {r.name for r in c.test} == set(truth) and len(truth) == 21 and not {r.name for r in c.train} & set(truth)
+    levels = {"skin_color": 1, "face": 1, "gender": 1, "nudity": 2, "relationship": 1}
+    for r in c.test:                                                                          # trimmed clips: labels of the video alone
+        assert r.spans == () and r.attributes == tuple(float(max(np.max(v) for _, _, v in truth[r.name][a]) >= levels[a]) for a in VP_ATTRIBUTES)
+    vp = {r.name: r.attributes for s in (hmdb51(SHARED/"hmdb51-mini", attributes="auto"),) for r in s.train + s.test}
+    agree = np.array([[p == v for v in vp[r.name] for p in r.attributes] for r in c.test]).reshape(-1, 5, 5).mean(0)      # VP column, PA attribute
+    assert agree[1, 1] > 0.7 and agree[1, 1] > agree[0, 1] and agree[3, 3] > 0.8               # face is column 1 of the VP labels, not column 0
+
+
 @real
 def test_real_faces():
     c = open_data(f"images:{SHARED/'fairface-mini'}")
@@ -311,3 +511,24 @@ def test_real_vispr_labels(tmp_path):
     assert len(found) == 22167 and len(known) == 67 and set(VISPR1 + datasets.VISPR2) <= set(known)
     assert [sum(s == p for s, _ in found.values()) for p in ("train2017", "val2017", "test2017")] == [10000, 4167, 8000]
     refuse(lambda: vispr(SHARED/"vispr-annotations"), "18000 labelled images are missing")
+
+
+@pytest.mark.skipif(not (SHARED/"vispr-annotations").is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
+def test_real_vispr_matrices(tmp_path, monkeypatch):
+    "VISPR1, VISPR2 and the five PA-HMDB51 questions: every cell of our label matrices against the official table."
+    rows = {r["id"]: (r["split"], r["labels"].split(" ")) for r in csv.DictReader(open(SHARED/"vispr-annotations/vispr_labels.csv"))}
+    for part in "train2017", "val2017", "test2017": (tmp_path/part).mkdir()
+    for i, (part, _) in rows.items(): (tmp_path/part/f"{i}.jpg").touch()                        # we have the labels, not the photos
+    for f in "vispr_labels.csv", "attributes.tsv": shutil.copy(SHARED/"vispr-annotations"/f, tmp_path)
+    monkeypatch.setattr(datasets, "index_files", lambda root, names: (dict.fromkeys(names, 1), ()))
+    either = {"skin_color": {"a17_color"}, "face": {"a9_face_complete", "a10_face_partial"}, "gender": {"a4_gender"}, "nudity": {"a12_semi_nudity"},
+              "relationship": {"a64_rel_personal", "a65_rel_social"}}
+    for asked, columns in (VISPR1, [{a} for a in VISPR1]), (VISPR2, [{a} for a in VISPR2]), (datasets.VISPR_PA, list(either.values())):
+        names, items = datasets._vispr_rows(tmp_path, asked)
+        want = {i: (part, tuple(float(not x.isdisjoint(labels)) for x in columns)) for i, (part, labels) in rows.items()}
+        assert names == tuple(asked) and {Path(f).stem: (f"{part}2017", v) for f, part, v in items} == want and len(items) == 22167
+        assert all(0.001 < rate < 0.9 for rate in np.mean([v for *_, v in items], 0))
+    assert tuple(datasets.VISPR_PA) == VP_ATTRIBUTES == tuple(either)
+    c = open_data(f"vispr-pa:{tmp_path}")
+    assert (len(c.train), len(c.test)) == (10000, 8000) and c.attribute_names == VP_ATTRIBUTES
+    assert all(r.attributes == want[r.path.stem][1] and r.path.parent.name == want[r.path.stem][0] for r in c.train + c.test)

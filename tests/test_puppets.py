@@ -1,5 +1,5 @@
 "The puppets keep their two promises: actions only in the motion, attributes only in the looks."
-import json
+import hashlib, json
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from PIL import Image
@@ -11,11 +11,13 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from penaltyanon import puppets
 from penaltyanon.core import UsageError, UserError
 from penaltyanon.datasets import open_data
-from penaltyanon.puppets import ACTIONS, ATTRIBUTES, draw_clip, draw_frame, draw_scene, draw_script, place, pose_at, skeleton, write_puppets
+from penaltyanon.puppets import ACTIONS, ATTRIBUTES, WORLDS, draw_clip, draw_frame, draw_scene, draw_script, place, pose_at, skeleton, write_puppets
 from penaltyanon.video import frame_count, read_frames
 
 quick = hypothesis_settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 codes = st.tuples(*[st.integers(0, 1)] * 5)
+kinds = st.sampled_from([(name, action) for name, world in WORLDS.items() for action in world.actions])
+both = pytest.mark.parametrize("world", WORLDS)
 dice = np.random.default_rng
 TINY = dict(train=16, test=8, images=(6, 4), frames=4, progress=False)
 
@@ -23,51 +25,97 @@ TINY = dict(train=16, test=8, images=(6, 4), frames=4, progress=False)
 def content(root): return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+# the worlds
+
+# what the code before there was a second world drew, and what world b drew when it was new: the committed runs stand on these bytes
+DRAWN = {"a": "d79b875d5a33cd2d", "b": "fb5ac313e62ec6bc"}
+DEALT = {"a": "5815f8a7f334c4fe", "b": "3e7aa2abb55d4fa9"}
+
+
+@both
+def test_the_bytes_of_a_world_never_change(world):
+    drawn, dealt = hashlib.sha256(), hashlib.sha256()
+    for i, action in enumerate(WORLDS[world].actions):
+        scene = draw_scene(dice([0, 1, i]), action, (i & 1, i >> 1 & 1, i >> 2 & 1, 1, i & 1), 48, world)
+        for oracle in (False, True): drawn.update(draw_clip(scene, 8, oracle).numpy().tobytes())
+    for deal in (puppets._deal_clips, puppets._deal_images): dealt.update(repr([tuple(x) for x in deal(dice(0), 40, 20, world)]).encode())
+    assert (drawn.hexdigest()[:16], dealt.hexdigest()[:16]) == (DRAWN[world], DEALT[world]), "another VERSION, and new runs, if this is meant"
+
+
+def test_the_worlds_share_nothing():
+    a, b = WORLDS["a"], WORLDS["b"]
+    assert (a.actions, a.attributes) == (ACTIONS, ATTRIBUTES) and len(b.actions) == 8 and len(b.attributes) == 5
+    assert not {*a.actions, *a.attributes} & {*b.actions, *b.attributes}
+    assert not (np.asarray(draw_scene(dice(0), "Wave", (0,) * 5).backdrop) == np.asarray(draw_scene(dice(0), "Bow", (0,) * 5, world="b").backdrop)).all()
+
+
+def test_a_world_does_not_know_the_other_ones_actions():
+    for action, world, known in (("Bow", "a", "Clap, Jump"), ("Wave", "b", "ArmCircle, Bow")):
+        with pytest.raises(UsageError, match=f"puppets: world {world} has no action {action}; give one of {known}"): draw_scene(dice(0), action, (0,) * 5, world=world)
+
+
 # exact statements about single draws
 
 @quick
-@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS), one=codes, two=codes, t=st.integers(0, 39))
-def test_the_oracle_does_not_depend_on_the_attributes(seed, action, one, two, t):
-    a, b = (draw_frame(draw_scene(dice(seed), action, code), t, oracle=True) for code in (one, two))
+@given(seed=st.integers(0, 10**6), kind=kinds, one=codes, two=codes, t=st.integers(0, 39))
+def test_the_oracle_does_not_depend_on_the_attributes(seed, kind, one, two, t):
+    world, action = kind
+    a, b = (draw_frame(draw_scene(dice(seed), action, code, world=world), t, oracle=True) for code in (one, two))
     assert a.tobytes() == b.tobytes()
 
 
+@both
 @quick
-@given(seed=st.integers(0, 10**6), one=st.sampled_from(ACTIONS), two=st.sampled_from(ACTIONS), code=codes)
-def test_the_first_frame_does_not_depend_on_the_action(seed, one, two, code):
-    a, b = (draw_frame(draw_scene(dice(seed), action, code), 0) for action in (one, two))
-    assert a.tobytes() == b.tobytes()
+@given(seed=st.integers(0, 10**6), code=codes)
+def test_the_first_frame_does_not_depend_on_the_action(world, seed, code):
+    frames = {draw_frame(draw_scene(dice(seed), action, code, world=world), 0).tobytes() for action in WORLDS[world].actions}
+    assert len(frames) == 1
 
 
+@both
 @quick
-@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS), code=codes, i=st.integers(0, 4))
-def test_every_attribute_changes_the_picture(seed, action, code, i):
+@given(seed=st.integers(0, 10**6), code=codes, i=st.integers(0, 4))
+def test_every_attribute_changes_the_picture(world, seed, code, i):
     other = [bit ^ (j == i) for j, bit in enumerate(code)]
-    a, b = (np.asarray(draw_frame(draw_scene(dice(seed), action, c), 0), dtype=int) for c in (code, other))
+    a, b = (np.asarray(draw_frame(draw_scene(dice(seed), WORLDS[world].actions[seed % 8], c, world=world), 0), dtype=int) for c in (code, other))
     assert (abs(a - b).max(-1) > 40).mean() > 0.002           # at least a dozen pixels, clearly
 
 
+@pytest.mark.parametrize("i", range(5))
+def test_the_attributes_of_world_b_are_seen_at_48_pixels(i):
+    def changed(seed):
+        code = dice(seed).integers(0, 2, 5)
+        a, b = (np.asarray(draw_frame(draw_scene(dice(seed), "Bow", np.where(np.arange(5) == i, bit, code), 48, "b"), 0), dtype=int) for bit in (0, 1))
+        return (abs(a - b).max(-1) > 40).sum()
+    seen = [changed(seed) for seed in range(60)]
+    assert np.median(seen) >= 12 and np.quantile(seen, 0.1) >= 6
+
+
 @quick
-@given(seed=st.integers(0, 10**6), action=st.sampled_from(ACTIONS))
-def test_every_action_moves_and_its_companion_does_not(seed, action):
-    scene = draw_scene(dice(seed), action, (0, 1, 0, 0, 1))
+@given(seed=st.integers(0, 10**6), kind=kinds)
+def test_every_action_moves_and_its_companion_does_not(seed, kind):
+    world, action = kind
+    scene = draw_scene(dice(seed), action, (0, 1, 0, 0, 1), world=world)
     body = (draw_clip(scene, 18, oracle=True)[:, 0] < 180).float()
     assert (body[3:] - body[:-3]).abs().mean((1, 2)).max() > 0.004
-    still = draw_clip(draw_scene(dice(seed), None, (0, 1, 0, 0, 1)), 3)
+    still = draw_clip(draw_scene(dice(seed), None, (0, 1, 0, 0, 1), world=world), 3)
     assert (still == still[:1]).all()
 
 
-def test_at_any_time_every_action_has_the_same_poses():
+@both
+def test_at_any_time_every_action_has_the_same_poses(world):
+    actions = WORLDS[world].actions
     for t in (5, 23):
-        poses = {a: np.array([list(pose_at(draw_script(r, a), t).values()) for r in [dice([t, i])] for _ in range(800)]) for i, a in enumerate(ACTIONS)}
-        p = [ks_2samp(poses[a][:, j], np.concatenate([poses[b] for b in ACTIONS if b != a])[:, j]).pvalue for a in ACTIONS for j in range(len(puppets.BASE))]
+        poses = {a: np.array([list(pose_at(draw_script(r, a, world), t).values()) for r in [dice([t, i])] for _ in range(800)]) for i, a in enumerate(actions)}
+        p = [ks_2samp(poses[a][:, j], np.concatenate([poses[b] for b in actions if b != a])[:, j]).pvalue for a in actions for j in range(len(WORLDS[world].base))]
         assert min(p) > 0.05 / len(p)
 
 
-def test_heads_stay_in_the_picture():
+@both
+def test_heads_stay_in_the_picture(world):
     r = dice(0)
     for _ in range(500):
-        scene = draw_scene(r, ACTIONS[r.integers(8)], (0, 0, 0, 0, 0), size=32)
+        scene = draw_scene(r, WORLDS[world].actions[r.integers(8)], (0, 0, 0, 0, 0), size=32, world=world)
         heads = np.array([place(skeleton(pose_at(scene.script, t)), scene.camera)["head"] for t in range(18)]) / scene.backdrop.width
         assert (heads > 0.03).all() and (heads < 0.97).all()
 
@@ -75,26 +123,28 @@ def test_heads_stay_in_the_picture():
 # the deal
 
 @quick
-@given(seed=st.integers(0, 10**6), train=st.integers(8, 700), test=st.integers(8, 300))
-def test_the_deal_is_balanced_named_and_grouped(seed, train, test):
-    clips = puppets._deal_clips(dice(seed), train, test)
+@given(seed=st.integers(0, 10**6), world=st.sampled_from(list(WORLDS)), train=st.integers(8, 700), test=st.integers(8, 300))
+def test_the_deal_is_balanced_named_and_grouped(seed, world, train, test):
+    actions, clips = WORLDS[world].actions, puppets._deal_clips(dice(seed), train, test, world)
     assert len({c.name for c in clips}) == len(clips) == train + test
     groups = {}
     for split, n in (("train", train), ("test", test)):
         part = [c for c in clips if c.split == split]
-        per_action = np.bincount([ACTIONS.index(c.action) for c in part], minlength=8)
+        per_action = np.bincount([actions.index(c.action) for c in part], minlength=8)
         assert len(part) == n and per_action.max() - per_action.min() <= 1
-        for action in ACTIONS:
+        for action in actions:
             bits = np.array([c.attributes for c in part if c.action == action])
             assert (abs(2 * bits.sum(0) - len(bits)) <= min(len(bits), 32 - len(bits) % 32)).all()
         groups[split] = {c.name.split("_")[-2] for c in part}
     assert not groups["train"] & groups["test"]
 
 
-def test_labels_are_independent():
-    clips, images = puppets._deal_clips(dice([0, 0, 0]), 400, 160), puppets._deal_images(dice([0, 0, 1]), 800, 300)
+@both
+def test_labels_are_independent(world):
+    actions = WORLDS[world].actions
+    clips, images = puppets._deal_clips(dice([0, 0, 0]), 400, 160, world), puppets._deal_images(dice([0, 0, 1]), 800, 300, world)
     for split in ("train", "test", "train2017", "test2017"):
-        table = np.array([(ACTIONS.index(c.action), *c.attributes) for c in clips + images if c.split == split])
+        table = np.array([(actions.index(c.action), *c.attributes) for c in clips + images if c.split == split])
         assert (abs(table[:, 1:].mean(0) - 0.5) < 0.05).all()
         for i in range(6):
             for j in range(i):
@@ -104,27 +154,31 @@ def test_labels_are_independent():
 
 # files
 
-def test_same_seed_same_bytes(tmp_path):
-    a, b, c = (write_puppets(tmp_path/n, seed=seed, workers=w, **TINY) for n, seed, w in (("a", 5, 1), ("b", 5, 2), ("c", 6, 2)))
+@both
+def test_same_seed_same_bytes(tmp_path, world):
+    a, b, c = (write_puppets(tmp_path/n, seed=seed, workers=w, world=world, **TINY) for n, seed, w in (("a", 5, 1), ("b", 5, 2), ("c", 6, 2)))
     assert content(a) == content(b)
     assert content(a).keys() == content(c).keys()
     media = [n for n in content(a) if n.endswith((".avi", ".png"))]
     assert len(media) == 2 * (16 + 8 + 6 + 4) and all(content(a)[n] != content(c)[n] for n in media)
 
 
-def test_layouts(tmp_path):
-    root = write_puppets(tmp_path/"p", **TINY)
+@both
+def test_layouts(tmp_path, world):
+    root, actions, attributes = write_puppets(tmp_path/"p", world=world, **TINY), WORLDS[world].actions, WORLDS[world].attributes
+    said = json.loads((root/"puppets.json").read_text())
+    assert (said["world"], tuple(said["actions"]), tuple(said["attributes"])) == (world, actions, attributes)
     for spec in ("puppets", "puppets-oracle"):
         data = open_data(f"{spec}:{root}")
-        assert (data.classes, data.attribute_names, data.excluded) == (ACTIONS, ATTRIBUTES, ())
+        assert (data.classes, data.attribute_names, data.excluded) == (actions, attributes, ())
         assert (len(data.train), len(data.test)) == (16, 8) and {r.frames for r in data.train + data.test} == {4}
         assert frame_count(data.train[0].path) == 4 and read_frames(data.train[0].path, [0]).shape == (1, 3, 80, 80)
     for spec in ("puppets-images", "puppets-oracle-images"):
         data = open_data(f"{spec}:{root}")
-        assert data.attribute_names == ATTRIBUTES and (len(data.train), len(data.test)) == (6, 4)
+        assert data.attribute_names == attributes and (len(data.train), len(data.test)) == (6, 4)
         for r in data.train + data.test:
             note = json.loads(r.path.with_suffix(".json").read_text())
-            assert note["labels"] == ([n for n, v in zip(ATTRIBUTES, r.attributes) if v] or ["a0_safe"])
+            assert note["labels"] == ([n for n, v in zip(attributes, r.attributes) if v] or ["a0_safe"])
             with Image.open(r.path) as image: assert image.size == (80, 80) and image.mode == "RGB"
 
 
@@ -141,6 +195,11 @@ def test_nothing_is_overwritten(tmp_path):
     before = content(root)
     with pytest.raises(UserError, match="holds other puppets \\(seed 0 instead of 1\\)"): write_puppets(root, seed=1, **TINY)
     assert write_puppets(root, **TINY) == root and content(root) == before
+    with pytest.raises(UserError, match="holds other puppets \\(world a instead of b\\); choose another folder"): write_puppets(root, world="b", **TINY)
+    said = json.loads((root/"puppets.json").read_text())
+    (root/"puppets.json").write_text(json.dumps({k: v for k, v in said.items() if k != "world"}))       # as written before there were two
+    assert write_puppets(root, **TINY) == root
+    with pytest.raises(UserError, match="world a instead of b"): write_puppets(root, world="b", **TINY)
     (tmp_path/"file").write_text("x")
     with pytest.raises(UserError, match="holds no puppets"): write_puppets(tmp_path/"file", **TINY)
     assert (tmp_path/"file").read_text() == "x"
@@ -148,13 +207,13 @@ def test_nothing_is_overwritten(tmp_path):
     assert (write_puppets(tmp_path/"empty", **TINY)/"puppets.json").is_file()
 
 
-@pytest.mark.parametrize("bad", [dict(train=7), dict(test=0), dict(images=(5, 0)), dict(seed=-1), dict(size=31), dict(size=33), dict(frames=0), dict(workers=0)])
+@pytest.mark.parametrize("bad", [dict(train=7), dict(test=0), dict(images=(5, 0)), dict(seed=-1), dict(size=31), dict(size=33), dict(frames=0), dict(workers=0), dict(world="c")])
 def test_bad_parameters(tmp_path, bad):
     with pytest.raises(UsageError, match=f"puppets: {next(iter(bad))} = "): write_puppets(tmp_path/"p", **bad)
     assert not list(tmp_path.iterdir())
 
 
-# probes: simple features, logistic regression, labels shuffled 20 times to know chance
+# probes: simple features, logistic regression, labels shuffled 12 times to know chance
 
 def looks(clip):
     frame = clip[len(clip) // 2].float() / 255
@@ -174,17 +233,17 @@ def motion(clip):
 def shape(clip): return avg_pool2d(clip[len(clip) // 2, :1].float(), 4).flatten()
 
 
-@pytest.fixture(scope="module")
-def probed(tmp_path_factory):
+@pytest.fixture(scope="module", params=WORLDS)
+def probed(request, tmp_path_factory):
     "(features, name of label) -> (test accuracy, accuracies after shuffling, number of test clips)."
-    root = write_puppets(tmp_path_factory.mktemp("puppets")/"p", train=320, test=160, images=(1, 1), frames=20, seed=11, progress=False)
+    root = write_puppets(tmp_path_factory.mktemp("puppets")/"p", train=320, test=160, images=(1, 1), frames=20, seed=11, progress=False, world=request.param)
     raw, twin = open_data(f"puppets:{root}"), open_data(f"puppets-oracle:{root}")
     see = lambda data, f: [torch.stack([f(read_frames(r.path, range(20))) for r in part]).numpy() for part in (data.train, data.test)]
     X = dict(looks=see(raw, looks), motion=see(twin, motion), shape=see(twin, shape))
     Y = dict(action=[np.array([r.action for r in part]) for part in (raw.train, raw.test)])
-    Y |= {n: [np.array([r.attributes[i] for r in part]) for part in (raw.train, raw.test)] for i, n in enumerate(ATTRIBUTES)}
+    Y |= {n: [np.array([r.attributes[i] for r in part]) for part in (raw.train, raw.test)] for i, n in enumerate(raw.attribute_names)}
     def accuracy(x, y, labels): return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(x[0], labels).score(x[1], y[1])
-    return {(k, n): (accuracy(x, y, y[0]), [accuracy(x, y, dice(i).permutation(y[0])) for i in range(20)]) for k, x in X.items() if k != "shape" for n, y in Y.items()} | \
+    return {(k, n): (accuracy(x, y, y[0]), [accuracy(x, y, dice(i).permutation(y[0])) for i in range(12)]) for k, x in X.items() if k != "shape" for n, y in Y.items()} | \
            {("shape", n): (accuracy(X["shape"], y, y[0]), []) for n, y in Y.items()}
 
 
@@ -204,10 +263,12 @@ def test_motion_tells_the_action(probed):
     assert score > 0.7 and score > max(shuffled) + 0.2
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_the_oracle_tells_no_attribute(probed, name):
-    assert at_chance(probed["motion", name], 1 / 2) and at_chance(probed["shape", name], 1 / 2)
+def test_the_oracle_tells_no_attribute(probed):
+    names = {name for _, name in probed} - {"action"}
+    assert len(names) == 5
+    for name in names: assert at_chance(probed["motion", name], 1 / 2) and at_chance(probed["shape", name], 1 / 2), name
 
 
 def test_raw_looks_tell_attributes(probed):
-    assert probed["looks", "skin_dark"][0] > 0.75 and probed["looks", "two_people"][0] > 0.75
+    plain = ("skin_dark", "two_people") if ("looks", "skin_dark") in probed else ("cape", "shoulder_bag")
+    for name in plain: assert probed["looks", name][0] > (0.75 if name in ATTRIBUTES else 0.6), name
