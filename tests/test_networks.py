@@ -1,12 +1,18 @@
-"Anonymizers and recognizers: shapes, gradients, disk, and the published mistakes."
-import json
-import pytest, torch
+"Anonymizers and recognizers: shapes, golden numbers, gradients, weights, disk, and the published mistakes."
+import hashlib, json, re
+from urllib.error import URLError
+import numpy as np
+import pytest, torch, torchvision
+import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from conftest import ROOT, SHARED
-from penaltyanon.anonymizers import Identity, UNetPP, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
-from penaltyanon.core import UserError
-from penaltyanon.recognizers import ACTION_MODELS, PRIVACY_MODELS, Projector, build_model
+from penaltyanon.anonymizers import ARCHITECTURES, Identity, UNet, UNetPP, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
+from penaltyanon.clipnets import I3D
+from penaltyanon.core import UsageError, UserError
+from penaltyanon.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
+from penaltyanon.weights import load_trunk, matched, sha256
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +38,6 @@ def test_a_clip_is_its_frames(f_A, n, t):
         for i in range(t): assert torch.allclose(whole[:, :, i], f_A(clip[:, :, i]), atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient():
-    net = UNetPP(decoder=(16, 8, 8, 8))
-    net(torch.rand(2, 3, 32, 32)).square().mean().backward()
-    assert not [k for k, p in net.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-
-
 def test_a_saved_anonymizer_is_the_same_function(f_A, tmp_path):
     path, x = save_anonymizer(tmp_path/"a.safetensors", f_A, {"B": 0.5}), torch.rand(2, 3, 30, 30)
     again, card = load_anonymizer(path)
@@ -56,24 +56,227 @@ def test_a_bad_anonymizer_file_is_one_line(f_A, tmp_path, content):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ACTION_MODELS)
-def test_action_models(name):
-    torch.manual_seed(0)
-    net = build_model(name, 7, ACTION_MODELS).eval()
-    with torch.no_grad():
-        for t, size in ((4, 48), (8, 64)): assert net(torch.rand(2, 3, t, size, size)).shape == (2, 7)
-        assert net(torch.rand(1, 3, 4, 48, 48)).shape == (1, 7), "a batch of one (the published I3D squeezed it away)"
+# ---- every network: the literature's size, golden numbers, gradients, a step, disk, odd sizes
+NETWORKS = {**{("clips", n): b for n, b in ACTION_MODELS.items()}, **{("frames", n): b for n, b in PRIVACY_MODELS.items()},
+            ("anonymizer", "UNetPP"): lambda k: UNetPP(decoder=(32, 16, 8, 8)), ("anonymizer", "UNet"): lambda k: UNet(decoder=(32, 16, 8, 8))}
+GOLDEN = ROOT/"tests/golden/networks.json"
+# MViT's class token never passes the last block's pooled queries: torchvision's network has these four without a use
+UNUSED = {"mvit_v2_s": [f"trunk.blocks.15.attn.{n}" for n in ("pool_q.pool.weight", "rel_pos_h", "rel_pos_t", "rel_pos_w")]}
+INPUT = {"clips": (2, 3, 4, 32, 32), "frames": (2, 3, 64, 64), "anonymizer": (2, 3, 32, 32)}
+ids = lambda key: "-".join(key)
 
 
-@pytest.mark.parametrize("name", PRIVACY_MODELS)
-def test_privacy_models(name):
+def seeded(key):
+    "A network whose every layer matters: norms are not at 1 and 0, running statistics are those of the input."
     torch.manual_seed(0)
-    net = build_model(name, 5, PRIVACY_MODELS).eval()
-    x = torch.rand(3, 3, 64, 48)
+    net, x = NETWORKS[key](5), torch.rand(INPUT[key[0]], generator=torch.Generator().manual_seed(1))
+    for m in net.eval().modules():
+        if getattr(m, "weight", None) is not None and m.weight.ndim == 1: nn.init.uniform_(m.weight, 0.5, 1.5); nn.init.normal_(m.bias, std=0.1)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train(); m.momentum = 1.0
+    with torch.no_grad(): net(x)
+    return net.eval(), x
+
+
+def golden(key):
+    "What is compared: some outputs, and a digest of the tensors' names and shapes (files of weights depend on them)."
+    net, x = seeded(key)
+    with torch.no_grad(): y = net(x)
+    layout = repr([(k, tuple(v.shape)) for k, v in net.state_dict().items()])
+    return net, x, y, dict(outputs=[float(f"{v:.5g}") for v in y.flatten()[::max(1, y.numel() // 10)]], layout=hashlib.sha256(layout.encode()).hexdigest()[:16])
+
+
+@pytest.mark.parametrize("key", NETWORKS, ids=ids)
+def test_network(key, tmp_path):
+    kind, name = key
+    net, x, y, now = golden(key)
+    want = json.loads(GOLDEN.read_text())[ids(key)]
+    assert now["layout"] == want["layout"], "names or shapes of tensors changed: old weight files would not load"
+    assert np.allclose(now["outputs"], want["outputs"], rtol=0, atol=2e-3 * np.abs(want["outputs"]).max())
+    assert (y[0] - y[1]).abs().max() > 1e-3 * y.abs().max(), "the golden numbers depend on the input"
+    # disk: the same function comes back, into a network of zeros
+    if kind != "anonymizer":
+        assert y.shape == (2, 5)
+        with torch.no_grad(): assert torch.allclose(net.head(net.features(x)), y, rtol=1e-4) and net.features(x).shape == (2, net.dim)
+        save_file(net.state_dict(), tmp_path/"w.safetensors")
+        with torch.no_grad():
+            for p in net.parameters(): p.zero_()
+            assert load_trunk(net, tmp_path/"w.safetensors") == [] and torch.equal(net(x), y)
+        (tmp_path/"w.safetensors").unlink()
+    # a training step (dropout and dropped blocks off): every parameter gets a gradient, and following it helps
+    for m in net.modules():
+        if isinstance(m, nn.Dropout | torchvision.ops.StochasticDepth): m.p = 0.0
+    loss = net.train()(x).square().mean()
+    loss.backward()
+    assert sorted(k for k, p in net.named_parameters() if p.grad is None or p.grad.abs().sum() == 0) == UNUSED.get(name, [])
+    steepness = sum(p.grad.square().sum() for p in net.parameters())
+    torch.optim.SGD(net.parameters(), lr=float(0.02 * loss / steepness)).step()
+    with torch.no_grad(): assert net(x).square().mean() < loss, "a step that should gain 2 %"
+    # batch of one, and other sizes
+    net.zero_grad(set_to_none=True)
+    one = {"clips": [(4, 48, 48), (6, 48, 40), (8, 96, 96)], "frames": [(48, 48), (33, 50)], "anonymizer": [(48, 48), (33, 50)]}[kind]
     with torch.no_grad():
-        assert net(x).shape == (3, 5) and net.features(x).shape == (3, net.dim)
-        z = Projector(net)(x)
+        for size in one: assert net.eval()(torch.rand(1, 3, *size)).shape[0] == 1
+        assert net.train()(torch.rand(1, 3, *one[0])).isfinite().all(), "a batch of one trains (the published I3D squeezed it away)"
+
+
+PUBLISHED = {"r3d18": 33371472, "r2plus1d18": 31505325, "mvit_v2_s": 34537744, "resnet18": 11689512, "resnet34": 21797672, "resnet50": 25557032,
+             "resnet101": 44549160, "resnet152": 60192808, "mobilenet_v2": 3504872}      # torchvision's `num_params`
+ROUNDED = {"i3d_r50": (400, 28.04), "i3d": (400, 12.70), "c3d": (101, 78.41)}            # millions: pytorchvideo's model zoo, the papers' layers
+
+
+def parameters(name, outputs):
+    with torch.device("meta"): return sum(p.numel() for p in {**ACTION_MODELS, **PRIVACY_MODELS}[name](outputs).parameters())
+
+
+def test_parameter_counts():
+    for name, n in PUBLISHED.items(): assert parameters(name, 400 if name in ACTION_MODELS else 1000) == n, name
+    for name, (k, m) in ROUNDED.items(): assert parameters(name, k) / 1e6 == pytest.approx(m, abs=0.005), name
+    assert {*PUBLISHED, *ROUNDED, "r3d_small", "r2d_small"} == {*ACTION_MODELS, *PRIVACY_MODELS}
+    for net, m in ((UNetPP(), 5.51), (UNet(), 17.26)): assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(m, abs=0.005)
+
+
+def test_a_clip_network_is_a_video_level_attacker():
+    net = build_model("i3d", 3, ACTION_MODELS)
+    loss = F.binary_cross_entropy_with_logits(net(torch.rand(2, 3, 4, 32, 32)), torch.tensor([[1., 0, 1], [0, 0, 1]]))
+    loss.backward()
+    assert net.head.weight.grad.abs().sum() > 0
+    assert PRIVACY_MODELS["r3d18"](3).eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3), "R3D-18 sees a frame as a clip of one (Table 7)"
+
+
+@pytest.mark.parametrize("name", [n for n in PRIVACY_MODELS if n not in ("resnet101", "resnet152")])
+def test_the_projector_stands_on_any_privacy_network(name):
+    p = Projector(build_model(name, 1, PRIVACY_MODELS))
+    z = p(torch.rand(3, 3, 64, 48))
     assert z.shape == (3, 128) and torch.allclose(z.norm(dim=1), torch.ones(3), atol=1e-5)
+    z[:, 0].sum().backward()
+    assert all(q.grad is not None for q in p.parameters())
+
+
+def test_too_short_or_the_wrong_kind_is_one_line():
+    with pytest.raises(UsageError, match="frames: this network needs at least 2, got 1"): build_model("i3d_r50", 3, ACTION_MODELS)(torch.rand(2, 3, 1, 32, 32))
+    with pytest.raises(UsageError, match="ResNet sees frames"): build_model("resnet18", 3, PRIVACY_MODELS)(torch.rand(2, 3, 4, 32, 32))
+    with pytest.raises(UsageError, match="I3D sees clips"): build_model("i3d", 3, ACTION_MODELS)(torch.rand(3, 32, 32))
+
+
+# ---- pretrained weights
+def library_state(name):
+    "Names and shapes of what the library publishes for a network, without a single number."
+    with torch.device("meta"):
+        if name == "i3d_r50":
+            from pytorchvideo.models.hub import i3d_r50
+            return i3d_r50().state_dict()
+        if name == "i3d": return {**I3D().state_dict(), "logits.conv3d.weight": torch.empty(400, 1024, 1, 1, 1), "logits.conv3d.bias": torch.empty(400)}
+        if name == "mvit_v2_s": return torchvision.models.video.mvit_v2_s().state_dict()
+        known = {"r3d18": torchvision.models.video.r3d_18, "r2plus1d18": torchvision.models.video.r2plus1d_18}
+        return known.get(name, getattr(torchvision.models, name, None))().state_dict()
+
+
+@pytest.mark.parametrize("kind,name", [(kind, name) for kind in HUB for name in HUB[kind]])
+def test_the_librarys_names_are_understood(kind, name):
+    given = library_state(name)
+    with torch.device("meta"): net = (ACTION_MODELS if kind == "kinetics400" else PRIVACY_MODELS)[name](400 if kind == "kinetics400" else 1000)
+    own, pairs = net.state_dict(), matched(net, given)
+    assert pairs.keys() == own.keys() and {k for k, _ in pairs.values()} == given.keys()
+    assert all(v.shape[:own[k].ndim] == own[k].shape for k, (_, v) in pairs.items())
+
+
+@pytest.mark.parametrize("kind,name", [(kind, name) for kind in ("kinetics400", "imagenet") for name in HUB[kind]])
+def test_offline_says_what_to_place_where(kind, name, monkeypatch, tmp_path):
+    def offline(*args, **kwargs): raise URLError("[Errno -3] Temporary failure in name resolution")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"w")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"t"))
+    with pytest.raises(UserError) as e: weights_file(name, kind)
+    monkeypatch.delenv("PENALTYANON_WEIGHTS")
+    with pytest.raises(UserError, match=f"place it as {tmp_path}/t/hub/checkpoints/"): weights_file(name, kind)
+    url = HUB[kind][name]
+    assert "\n" not in str(e.value) and url in str(e.value) and str(tmp_path/"w"/url.rsplit("/", 1)[-1]) in str(e.value)
+    digits = re.search(r"-([0-9a-f]{8})\.pth", url)
+    assert (f"sha256 begins with {digits.group(1)}" if digits else "no checksum published") in str(e.value)
+
+
+def small_hub(monkeypatch, tmp_path, content=None):
+    "A hub that publishes r2d_small with 6 outputs, its checksum in the name, from a folder."
+    torch.manual_seed(3)
+    net, hub = build_model("r2d_small", 6, PRIVACY_MODELS), tmp_path/"hub"
+    hub.mkdir(); torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, hub/"f.pth")
+    name = f"r2d-{sha256(hub/'f.pth')[:8]}.pth"
+    (hub/"f.pth").rename(hub/name)
+    if content: (hub/name).write_bytes(content)
+    monkeypatch.setitem(HUB["imagenet"], "r2d_small", f"file://{hub}/{name}")
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"w")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"t"))
+    return net, name
+
+
+def test_weights_by_name_are_fetched_once_and_loaded(monkeypatch, tmp_path, capsys):
+    net, name = small_hub(monkeypatch, tmp_path)
+    same = build_model("r2d_small", 6, PRIVACY_MODELS, "imagenet")
+    assert torch.equal(same.head.weight, net.head.weight) and (tmp_path/"w"/name).is_file()
+    (tmp_path/"hub"/name).unlink()                                      # from now on there is no network
+    other = build_model("r2d_small", 2, PRIVACY_MODELS, "imagenet")
+    assert torch.equal(other.stages[0][0].weight, net.stages[0][0].weight) and other.head.weight.shape[0] == 2
+    assert "fresh: head.bias, head.weight" in capsys.readouterr().out
+
+
+def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
+    _, name = small_hub(monkeypatch, tmp_path, b"something else")
+    with pytest.raises(UserError, match="invalid hash value"): build_model("r2d_small", 6, PRIVACY_MODELS, "imagenet")
+    (tmp_path/"w").mkdir(exist_ok=True); (tmp_path/"w"/name).write_bytes(b"placed by hand, but damaged")
+    with pytest.raises(UserError, match="delete the file"): build_model("r2d_small", 6, PRIVACY_MODELS, "imagenet")
+
+
+def test_weights_that_no_one_publishes(monkeypatch, tmp_path):
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path)); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"t"))
+    with pytest.raises(UsageError, match="published for 'c3d'"): build_model("c3d", 3, ACTION_MODELS, "kinetics400")
+    with pytest.raises(UsageError, match="published for 'r2d_small'"): build_model("r2d_small", 3, PRIVACY_MODELS, "simclr")
+    with pytest.raises(UserError, match="place VISSL's SimCLR"): build_model("resnet50", 3, PRIVACY_MODELS, "simclr")
+    with pytest.raises(UserError, match="imagnet: no such weights file"): build_model("r2d_small", 3, PRIVACY_MODELS, "imagnet")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q.", "backbone.", "_feature_blocks."])
+def test_self_supervised_files_fill_the_trunk(monkeypatch, tmp_path, prefix):
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path))
+    source = torchvision.models.resnet18()
+    state = {prefix + k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
+    torch.save({"epoch": 3, "state_dict": {**state, "projection.0.weight": torch.ones(3)}}, tmp_path/"simclr_resnet18.pth")
+    monkeypatch.setitem(HUB["simclr"], "resnet18", "simclr_resnet18")
+    net = build_model("resnet18", 3, PRIVACY_MODELS, "simclr")
+    assert torch.equal(net.trunk.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+# ---- anonymizers by architecture
+def test_an_old_file_still_loads(f_A, tmp_path):
+    "Files of the first release: architecture UNetPP, the decoder as a list."
+    card = {"architecture": "UNetPP", "config": {"decoder": [16, 8, 8, 8]}, "B": 0.3}
+    save_file({k: v.contiguous() for k, v in f_A.state_dict().items()}, tmp_path/"old.safetensors", metadata={"card": json.dumps(card)})
+    again, read = load_anonymizer(tmp_path/"old.safetensors")
+    x = torch.rand(1, 3, 20, 20)
+    with torch.no_grad(): assert torch.equal(again(x), f_A(x)) and read == card
+
+
+def test_every_architecture_survives_the_disk(tmp_path):
+    for f_A in (UNet(decoder=(16, 8, 8, 8)), UNetPP(decoder=(16, 8, 8, 8)), Identity()):
+        x, f_A = torch.rand(2, 3, 21, 34), freeze_batchnorm(f_A).eval()
+        again, card = load_anonymizer(save_anonymizer(tmp_path/"a.safetensors", f_A, {}))
+        assert type(again) is type(f_A) is ARCHITECTURES[card["architecture"]]
+        with torch.no_grad(): assert torch.equal(again(x), f_A(x))
+
+
+def test_a_higher_floor_may_add_an_architecture(monkeypatch, tmp_path):
+    class Dim(Identity):
+        config = {}
+        def forward(self, x): return super().forward(x) / 2
+    path = save_anonymizer(tmp_path/"a.safetensors", Dim(), {})
+    with pytest.raises(UserError, match="architecture 'Dim'"): load_anonymizer(path)
+    monkeypatch.setitem(ARCHITECTURES, "Dim", Dim)
+    assert load_anonymizer(path)[0](torch.ones(1, 3, 2, 2)).max() == 0.5
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_the_unet_keeps_the_contract_at_any_size(h, w):
+    torch.manual_seed(0)
+    with torch.no_grad(): y = UNet(decoder=(16, 8, 8, 8)).eval()(torch.rand(1, 3, h, w))
+    assert y.shape == (1, 3, h, w) and y.min() >= 0 and y.max() <= 1
 
 
 def test_normalization_is_inside():
@@ -102,3 +305,8 @@ def test_bring_your_own_movinet(monkeypatch):
 def test_bring_your_own_without_weights_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="set PENALTYANON_WEIGHTS"): build_model(f"{ROOT}/examples/pretrained.py:movinet_a0", 10, ACTION_MODELS)
+
+
+if __name__ == "__main__":      # python tests/test_networks.py writes the golden numbers anew
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text("{\n" + ",\n".join(f'{json.dumps(ids(k))}: {json.dumps(golden(k)[3])}' for k in NETWORKS) + "\n}\n")
