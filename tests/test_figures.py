@@ -22,7 +22,7 @@ def printed(path): return "".join("".join(o.get("text", "")) for c in read_json(
 
 
 def test_every_figure_is_drawn_and_says_n_and_seeds(page):
-    assert {p.stem for p in FIGURES} >= set(report.FIGURES)
+    assert {p.stem for p in FIGURES} == {*report.FIGURES, *report.MORE}
     for name in report.FIGURES:
         caption = (page/"_figures"/f"{name}.caption.txt").read_text()
         assert "n = 160 test clips, 300 test images" in caption and "2 seeds" in caption
@@ -40,7 +40,7 @@ def test_holes_are_named_in_every_figure_notebook_and_on_the_page(page):
 
 def test_the_page_needs_nothing_else(page):
     html = (page/"report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", html) and html.count("data:image/png;base64") == 3
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", html) and html.count("data:image/png;base64") == 5
     assert "not comparable" in html and "2 seeds" in html
 
 
@@ -54,7 +54,7 @@ def test_runs_without_frames_or_attributes_still_make_a_page(tmp_path):
     for label, method in (("raw", "raw"), ("B = 0.3", "penalty")): fake_run(tmp_path/"SYNTHETIC", label, 0.3, 0, 90., 80., method, frames=False)
     for f in tmp_path.rglob("frames.npz"): f.unlink()
     html = report.write_report(tmp_path/"SYNTHETIC").read_text()
-    assert "real people are not shown" in html and html.count("data:image/png;base64") == 2
+    assert "real people are not shown" in html and html.count("data:image/png;base64") == 3 and "More frames" not in html
     table = report.table(report.load_results(tmp_path/"SYNTHETIC"))
     assert table.loc["B = 0.3", "cMAP % ↓ action frames"] == "–"
 

@@ -1,7 +1,7 @@
 "The repository itself: nothing to clean or export, the house numbers, the floors, the README, the pins."
 import ast, hashlib, os, re, statistics
 from configparser import ConfigParser
-import nbformat, pytest
+import nbformat, numpy as np, pytest
 from packaging.requirements import Requirement
 from readme import readme
 from penaltyanon.core import read_yaml
@@ -140,7 +140,11 @@ def test_ci_runs_the_test_command():
 
 def test_no_weights_no_data_and_no_person_in_the_tree():
     kinds = (".safetensors", ".pt", ".pth", ".ckpt", ".avi", ".mp4", ".pkl", ".npz")
-    bad = [f for f in repository_files() if f.suffix in kinds and f.name != "frames.npz"]
+    scores = lambda f: f.name == "predictions.npz" or f.parent.name == "tests"      # what attackers said of test records
+    bad = [f for f in repository_files() if f.suffix in kinds and f.name != "frames.npz"
+           and not (f.parts[0] == "runs" and f.suffix == ".npz" and scores(f))]
+    for f in repository_files():
+        if f.parts[0] == "runs" and f.suffix == ".npz" and scores(f) and any(a.ndim > 2 for a in np.load(ROOT/f).values()): bad.append(f)   # pictures in disguise
     for f in repository_files():
         if f.stem != "frames" or f.parts[0] != "runs": continue
         params = read_yaml(ROOT/f.parent/"params.yaml")

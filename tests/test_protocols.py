@@ -1,0 +1,106 @@
+"Every protocol of the paper, end to end on generated data in the official layouts; and what a protocol refuses."
+import json, subprocess
+from dataclasses import replace
+
+import numpy as np, pytest, torch
+from penaltyanon import protocols as pr
+from penaltyanon.anonymizers import Identity
+from penaltyanon.core import RunFolder, UsageError, UserError, resolve
+from penaltyanon.datasets import Collection
+from penaltyanon.layouts import write_layouts
+from conftest import BIN
+
+ATTACKS = {a.name: a for p in pr.PROTOCOLS.values() for a in p.attacks}
+PRETRAINED = {n for n, a in ATTACKS.items() if a.weights}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_layouts(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def releases(root):
+    "One set of released data serves all attacks, as in a sweep"
+    data = pr.data_of("official", root)
+    s = resolve("smoke", precision="fp32", bootstrap=20, action_data=data["ucf101"], privacy_data=data["vispr1"])
+    return pr.Releases(Identity(), s, data, progress=False)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - PRETRAINED))
+def test_every_attack_runs_in_the_official_layouts(name, releases):
+    found, (scores, labels, names) = pr.run_attack(ATTACKS[name], releases)
+    assert len(scores) == len(labels) == len(names) == len(set(names)) == found["n"] > 0
+    value, floor = (found["top1"], found["chance"]) if ATTACKS[name].kind == "action" else (found["cmap"], found["base_rate"])
+    assert 0 <= value <= 100 and 0 < floor <= 100 and found["ci"][0] <= found["ci"][1]
+    assert np.isfinite(np.asarray(scores, float)).all()
+
+
+@pytest.mark.parametrize("name", sorted(PRETRAINED))
+def test_pretrained_attackers_need_their_file_and_say_so(name, releases, monkeypatch, tmp_path):
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError) as e: pr.run_attack(ATTACKS[name], releases)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("name", pr.PROTOCOLS)
+def test_every_protocol_finds_its_data_in_the_official_layouts(name, releases):
+    p = pr.PROTOCOLS[name]
+    assert releases.collection(p.action).kind == "clips" and releases.collection(p.privacy).kind == "frames"
+    for a in p.attacks:
+        assert releases.collection(a.train).train and releases.collection(a.on or a.train).test
+
+
+def test_pahmdb_is_never_learned_from(releases):
+    c = releases.collection("pa-hmdb51")
+    assert not {r.name for r in c.train} & {r.name for r in c.test}
+
+
+def test_raw_data_reach_only_the_attackers_training(releases):
+    class Grey(torch.nn.Module):
+        def forward(self, x): return torch.full_like(x, 0.5)
+    r = pr.Releases(Grey(), releases.s, releases.data, progress=False)
+    assert r.part("vispr1", True, False, raw=True).x.float().std() > 1
+    assert r.part("vispr1", False, False).x.float().std() < 1
+    found, _ = pr.run_attack(ATTACKS["raw-attacker"], r)
+    assert found["cmap"] == pytest.approx(found["base_rate"], abs=1e-6)   # a constant picture ranks nobody: precision = base rate
+
+
+def collection(name, classes=("a", "b"), attributes=("x",)):
+    return Collection(name, "clips", (), (), classes, attributes, (), None)
+
+
+def test_sets_that_do_not_fit_together_are_refused():
+    with pytest.raises(UsageError, match="no attribute in common"): pr.in_common(collection("one"), collection("two", attributes=("y",)))
+    with pytest.raises(UsageError, match="other classes"): pr.same_classes(collection("one"), collection("two", classes=("b", "a")))
+    assert pr.in_common(collection("one", attributes=("p", "q", "r")), collection("two", attributes=("r", "p"))) == (("p", "r"), [0, 2], [1, 0])
+
+
+def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
+    command = [BIN/"penaltyanon", "sweep", "--preset", "smoke", "--protocol", "table2-ucf101", "--world", "official", "--data", root, "--methods", "penalty",
+               "--B", "0.3", "--tests", "novel-action", "pahmdb-privacy", "--out", tmp_path/"runs"]
+    first = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
+    assert first.returncode == 0, first.stderr
+    run, = [RunFolder.open(d.parent) for d in (tmp_path/"runs").rglob("DONE")]
+    found = {t.stem: json.loads(t.read_text()) for t in (run/"tests").glob("*.json")}
+    assert set(found) == {"novel-action", "pahmdb-privacy"} and all(f["B"] == 0.3 and f["method"] == "penalty" for f in found.values())
+    assert found["pahmdb-privacy"]["train"] == "vispr-pa" and found["pahmdb-privacy"]["on"] == "pa-hmdb51"
+    assert set(np.load(run/"predictions.npz")) >= {"utility_scores", "images_labels"}
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
+    again = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "kept" in again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
+    later = subprocess.run([str(BIN/"penaltyanon"), "attack", str(tmp_path/"runs"), "--protocol", "table6-pretrained-attacker", "--world", "official", "--data", str(root),
+                            "--tests", "raw-attacker"], capture_output=True, text=True, timeout=300)
+    assert later.returncode == 0, later.stderr
+    assert {t.stem for t in (run/"tests").glob("*.json")} == {"novel-action", "pahmdb-privacy", "raw-attacker"}
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--protocol", "table2"], "did you mean table2-ucf101?"), (["--protocol", "table7-attackers", "--tests", "novel-action"], "has no such test"),
+    (["--protocol", "table2-ucf101", "--world", "moon"], "no such world"), (["--protocol", "table1-ucf101", "--data-set", "hmdb51"], "write NAME=LOADER:FOLDER"),
+    (["--protocol", "table2-ucf101", "--world", "mini"], "say where it lies")])
+def test_what_a_protocol_cannot_be_is_one_line_and_exit_code_2(words, says, tmp_path):
+    r = subprocess.run([str(BIN/"penaltyanon"), "sweep", "--preset", "smoke", "--out", str(tmp_path/"runs"), *words], capture_output=True, text=True, timeout=300)
+    assert r.returncode == 2 and says in r.stderr and len(r.stderr.strip().splitlines()) == 1 and not (tmp_path/"runs").exists()
