@@ -7,8 +7,10 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Anonymize people in video so that their actions stay recognizable, and measure both.")
-MANY = ("--B", "--seeds", "--lam", "--methods", "--set")   # options that take several values
+MANY = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set")   # options that take several values
 OWN = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")
+EXTRAS = dict(train="torch torchvision segmentation_models_pytorch pytorchvideo safetensors sklearn pandas matplotlib seaborn tensorboard filelock",
+              edge="onnxruntime", export="onnx onnxscript", detect="cv2", run="papermill nbconvert nbformat ipykernel")   # who brings which module
 
 Bounds = Annotated[list[float], typer.Option("--B", help="bounds of the penalty: --B 0.3 0.5, or --B 0.3,0.5")]
 Jobs = Annotated[int, typer.Option(min=1, help="runs at a time")]
@@ -26,7 +28,7 @@ def spread(argv: list[str]) -> list[str]:
             name, given, arg = option, False, value
             if not value: continue
         elif arg.startswith("-") and not arg[1:2].isdigit() and not arg[1:2] == ".": out, name, given = out + ([] if given else [name]), "", True
-        parts = [arg] if name in ("", "--set") else [p for p in arg.split(",") if p]
+        parts = [arg] if name in ("", "--set", "--data-set") else [p for p in arg.split(",") if p]
         out += [a for p in parts for a in ([name, p] if name else [p])]
         given = True
     return out if given else out + [name]
@@ -42,11 +44,23 @@ def assignments(pairs: list[str]) -> dict:
     return {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in pairs)}
 
 
-def run_grid(cells: list, out: Path, jobs: int, threads: int) -> list:
+def run_grid(cells: list, out: Path, jobs: int, threads: int, **attacks) -> list:
     "Data first, then the jobs"
     from penaltyanon.sweep import prepare_data, run_jobs
     prepare_data(cells[0])
-    return run_jobs(cells, out, jobs=jobs, threads=threads)
+    return run_jobs(cells, out, jobs=jobs, threads=threads, **attacks)
+
+
+def plan(protocol: str, preset: str, world: str, root: Path, own: list[str], tests: list[str]) -> tuple[dict, dict]:
+    "What a protocol adds to a sweep: (overrides and axes of the grid, what `run_grid` needs for the attacks)"
+    from penaltyanon.core import UsageError
+    from penaltyanon.protocols import data_of, find_protocol, pick_attacks, spec_of
+    for o in own:
+        if ":" not in o.partition("=")[2]: raise UsageError(f"--data-set {o}: write NAME=LOADER:FOLDER, e.g. --data-set hmdb51=hmdb51:/data/hmdb51")
+    p = find_protocol(protocol)
+    data = data_of(world or dict(mini="mini", paper="official").get(preset, "puppets"), root, {k: v for k, _, v in (o.partition("=") for o in own)})
+    for a in pick_attacks(p, tests): spec_of(a.train, data), spec_of(a.on or a.train, data)
+    return dict(action_data=spec_of(p.action, data), privacy_data=spec_of(p.privacy, data), **p.vary), dict(protocol=protocol, tests=tuple(tests), data=data)
 
 
 def show_table(root: Path):
@@ -93,19 +107,59 @@ def sweep(
     methods: Annotated[list[str], typer.Option(help="raw oracle lambda0 penalty; else all that the data allow")] = [],
     set_: Annotated[list[str], typer.Option("--set", help="any setting: --set steps=500 size=112")] = [],
     action_model: Annotated[str, typer.Option(help="f_T: a name, or path/file.py:builder")] = "",
+    backbone: Annotated[str, typer.Option(help="f_A of all methods: unetpp or unet; else each method's own")] = "",
+    protocol: Annotated[str, typer.Option(help="a table of the paper: its data and attackers; `penaltyanon protocols` lists them")] = "",
+    world: Annotated[str, typer.Option(help="where a protocol's data lie: official, puppets or mini; else what suits the preset")] = "",
+    data: Annotated[Path, typer.Option(help="folder that holds a protocol's data sets")] = Path("data"),
+    data_set: Annotated[list[str], typer.Option(help="a data set of the protocol that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
+    tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default runs/PRESET")] = None,
     jobs: Jobs = 2, threads: Threads = 1,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
     from penaltyanon.sweep import grid, raise_failed
-    named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes, action_model=action_model)
-    overrides = {k: v for k, v in named.items() if v} | assignments(set_)
-    cells = grid(preset, methods=methods or None, B=B, seeds=seeds, lam=lam or None, **overrides)
+    named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes, action_model=action_model, backbone=backbone)
+    table, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
+    axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
+    axes = table | {k: v for k, v in axes.items() if k not in table or (v and v != PAPER_B)}   # what the user says wins
+    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | assignments(set_))
     out = out or Path("runs")/preset
-    todo = run_grid(cells, out, jobs, threads)
+    todo = run_grid(cells, out, jobs, threads, **attacks)
     if any(j.state in ("done", "kept") for j in todo): show_table(out)
     raise_failed(todo)
     print(f"runs: {out}   next: penaltyanon report {out}")
+
+
+@app.command()
+def protocols():
+    "The tables of the paper as protocols for `penaltyanon sweep --protocol`."
+    from rich.console import Console
+    from rich.table import Table
+    from penaltyanon.protocols import PROTOCOLS
+    grid = Table("protocol", "what", "game", "attacks beyond the known", box=None, pad_edge=False)
+    for name, p in PROTOCOLS.items(): grid.add_row(name, p.title, f"{p.action} + {p.privacy}", ", ".join(a.name for a in p.attacks) or "-")
+    Console(width=None if sys.stdout.isatty() else 170).print(grid)
+
+
+@app.command()
+def attack(
+    runs: Annotated[Path, typer.Argument(help="folder of finished runs")],
+    protocol: Annotated[str, typer.Option(help="a table of the paper; `penaltyanon protocols` lists them")],
+    world: Annotated[str, typer.Option(help="where its data lie: official, puppets or mini; else what suits the runs' preset")] = "",
+    data: Annotated[Path, typer.Option(help="folder that holds its data sets")] = Path("data"),
+    data_set: Annotated[list[str], typer.Option(help="a data set that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
+    tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
+    jobs: Jobs = 2, threads: Threads = 1,
+):
+    "A protocol's attackers against every finished run of a folder; answers that are there are kept."
+    from penaltyanon.core import UserError, finished_runs
+    from penaltyanon.sweep import raise_failed, run_jobs
+    cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
+    if not cells: raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
+    _, attacks = plan(protocol, cells[0].preset, world, data, data_set, tests)
+    todo = run_jobs(cells, runs, jobs, threads, **attacks)
+    raise_failed(todo)
+    print(f"answers: {runs}/*/tests   next: penaltyanon report {runs}")
 
 
 @app.command()
@@ -127,10 +181,99 @@ def puppets(
     train: Annotated[int, typer.Option(min=1, help="training clips")] = 400,
     test: Annotated[int, typer.Option(min=1, help="test clips")] = 160,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    world: Annotated[str, typer.Option(help="a, or b: eight other actions, five other private attributes")] = "a",
 ):
     "Generate the embedded data set: acting puppets with known truth."
     from penaltyanon.puppets import write_puppets
-    print(write_puppets(root, train=train, test=test, seed=seed))
+    print(write_puppets(root, train=train, test=test, seed=seed, world=world))
+
+
+data_commands = typer.Typer(no_args_is_help=True, help="What is in a data folder.")
+app.add_typer(data_commands, name="data")
+
+
+@data_commands.callback()
+def data(): pass
+
+
+@data_commands.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="ucf101 hmdb51 vp-ucf101 vp-hmdb51 pa-hmdb51 vispr1 vispr2 vispr-pa images puppets ...")],
+    root: Annotated[Path, typer.Argument(help="the data folder")],
+    split: Annotated[int, typer.Option(min=1, max=3, help="official split")] = 1,
+    attributes: Annotated[str, typer.Option(help="labels of the clips; else those beside them")] = "",
+    sheet: Annotated[Path | None, typer.Option(help="PNG file for a contact sheet of thumbnails; else none")] = None,
+):
+    "Verify a data folder: counts, missing and damaged files, labels; says where to get what is missing. Exit code 1 when incomplete."
+    from penaltyanon.datacheck import check_data
+    found = check_data(name, root, split, attributes, sheet)
+    print(found.text)
+    raise typer.Exit(0 if found.complete else 1)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="the anonymizer, *.safetensors")],
+    out: Annotated[Path, typer.Argument(help="the file to write, *.onnx")],
+    precision: Annotated[str, typer.Option(help="fp32, or int8: two to three times as fast on a CPU")] = "fp32",
+    opset: Annotated[int, typer.Option(help="version of the ONNX operators")] = 20,
+    data: Annotated[str, typer.Option(help="frames to check on and to calibrate int8 with, loader:folder; else drawn ones")] = "",
+):
+    "An anonymizer as one ONNX file that runs without PyTorch, checked against it."
+    from penaltyanon.export import export_onnx
+    frames = None
+    if data:
+        from penaltyanon.distill import sample_frames
+        frames = sample_frames(data, 24, 240, 320)
+    card = export_onnx(model, out, precision, opset, frames)
+    print("{out}: {precision}, off by {max} of 255 grey levels at most, {mean} on average".format(out=out, precision=precision, **card["difference"]))
+
+
+@app.command()
+def distill(
+    model: Annotated[Path, typer.Argument(help="the teacher, *.safetensors")],
+    out: Annotated[Path, typer.Argument(help="the student to write, *.safetensors")],
+    data: Annotated[str, typer.Option(help="frames to learn on, loader:folder; no label is used; else drawn ones")] = "",
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
+    student: Annotated[str, typer.Option(help="small, medium or large")] = "medium",
+    size: Annotated[int, typer.Option(min=16, help="side of the training crops, pixels")] = 96,
+    batch: Annotated[int, typer.Option(min=1, help="crops at a time")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+):
+    "A small fast anonymizer that imitates a trained one, for export to a camera."
+    from penaltyanon.distill import distill
+    close = distill(model, out, data, steps, student, size, batch, seed, device)["fidelity"]
+    print("{out}: off by {l1} of 255 grey levels on average ({psnr} dB); next: penaltyanon export {out} {onnx} --precision int8".format(out=out, onnx=out.with_suffix(".onnx"), **close))
+
+
+@app.command()
+def anonymize(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="film, image, folder, 'pattern*', or camera (/dev/video0, rtsp://...)")],
+    output: Annotated[Path | None, typer.Argument(help="file or folder; default beside the input, named -anonymized")] = None,
+    model: Annotated[str, typer.Option(help="a method (blur-strong, downsample-4x, ...; @people: only there), *.safetensors or *.onnx")] = "blur-strong",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    batch: Annotated[int, typer.Option(help="frames at a time; halved when memory runs out")] = 8,
+    height: Annotated[int | None, typer.Option(help="process at this height, in pixels; the output keeps its size")] = None,
+    codec: Annotated[str, typer.Option(help="h264, hevc, vp9, av1, mpeg4, or an encoder of FFmpeg; default h264, vp9 in .webm, mpeg4 in .avi")] = "",
+    crf: Annotated[int, typer.Option(help="quality, 0 (best) to 51")] = 20,
+    keep_audio: Annotated[bool, typer.Option("--keep-audio", help="copy the first audio stream; a voice identifies a person too")] = False,
+    smooth: Annotated[float, typer.Option(help="against flicker: weight of the pictures before, 0 to below 1")] = 0.0,
+    on_bad_frame: Annotated[str, typer.Option(help="what cannot be decoded or anonymized: blank (black), drop, or fail")] = "blank",
+    force: Annotated[bool, typer.Option("--force", help="replace existing output")] = False,
+    workers: Annotated[int, typer.Option(help="files at a time")] = 1,
+    preview: Annotated[Path | None, typer.Option(help="also write raw and anonymized side by side here (image or film; holds RAW pictures)")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON report; default beside the output")] = None,
+):
+    "Anonymize films, images, folders, cameras; never a raw frame."
+    import signal
+    from penaltyanon import deploy
+    from penaltyanon.core import UserError
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
+    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force)
+    told = deploy.anonymize(source, output, model, options, device, workers, preview, report)
+    print(deploy.closing(told))
+    if not told["ok"]: raise UserError(f"{source}: not everything was anonymized; {told['report']} says what and why")
 
 
 def version(wanted: bool):
@@ -149,6 +292,10 @@ def main(argv: list[str] | None = None):
     "Run a command; what a user can mend is one line on stderr and exit code 1 (failure) or 2 (usage)"
     try: code = app(spread(sys.argv[1:] if argv is None else argv), standalone_mode=False, prog_name="penaltyanon")
     except (KeyboardInterrupt, typer.Abort): code = 130; print("stopped; finished runs are kept, start again to go on", file=sys.stderr)
+    except ModuleNotFoundError as e:
+        extra = next((x for x, packages in EXTRAS.items() if (e.name or "").partition(".")[0] in packages.split()), None)
+        if not extra: raise
+        code = 1; print(f'error: this needs {e.name}, which is not installed; pip install "penaltyanon[{extra}]"', file=sys.stderr)
     except Exception as e:
         if getattr(e, "exit_code", None) is None: raise
         code, message = e.exit_code, e.format_message() if hasattr(e, "format_message") else str(e)

@@ -1,5 +1,6 @@
 "Every notebook runs: the library ones as lessons, the run and figure ones through papermill on the smoke preset."
 import json, time, warnings
+from pathlib import Path
 import pytest
 from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, run
 from penaltyanon import sweep
@@ -19,21 +20,28 @@ def test_library_notebook(path):
 
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory):
-    "A sweep on the smoke preset: every control and two values of B, each job the run notebooks through papermill."
+    "A sweep on the smoke preset: every control and two values of B, each job the run notebooks and a protocol's attacks through papermill."
     lab = tmp_path_factory.mktemp("smoke")
     cells = sweep.grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
     sweep.prepare_data(cells[0])
-    sweep.raise_failed(sweep.run_jobs(cells, lab/"runs"))
+    sweep.raise_failed(sweep.run_jobs(cells, lab/"runs", **asked(lab)))
     return lab/"runs"
 
 
+def asked(lab):
+    "An attacker who learned from raw images and from raw frames (Table 6)"
+    return dict(protocol="table6-pretrained-attacker", data={"vispr1": f"puppets-images:{lab}/data", "vp-ucf101": f"puppets:{lab}/data"})
+
+
 def test_a_sweep_runs_every_run_notebook(swept):
-    assert {f"runs/{p.stem}" for p in RUNS} == set(sweep.STAGES)
+    assert {f"runs/{p.stem}" for p in RUNS} == {*sweep.STAGES, "runs/attack"}
     runs = finished_runs(swept)
     assert {r.results["label"] for r in runs} == {"raw", "oracle", "λ = 0", "B = 0.3", "B = 0.7"}
     for r in runs:
         assert {"params.yaml", "env.json", "data.json", "metrics.jsonl", "results.json"} <= {p.name for p in r.path.iterdir()}
-        assert all((r/f"{p.stem}.ipynb").is_file() for p in RUNS)
+        assert all((r/f"{Path(n).stem}.ipynb").is_file() for n in sweep.STAGES)
+        assert {t.name for t in (r/"tests").iterdir()} == {"raw-attacker.json", "raw-attacker.npz", "raw-attacker-frames.json", "raw-attacker-frames.npz",
+                                                          "metrics.jsonl", "table6-pretrained-attacker.ipynb"}
 
 
 def test_what_was_asked_is_what_was_done(swept):
@@ -42,13 +50,13 @@ def test_what_was_asked_is_what_was_done(swept):
     assert read_yaml(done/"params.yaml")["B"] == 0.7
     assert done.results["B"] == 0.7 and done.results["trainer"]["B"] == 0.7
     assert "-B0.7-" in done.path.name
-    for p in RUNS: assert read_json(done/f"{p.stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
+    for n in sweep.STAGES: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
 
 
 def test_a_second_sweep_redoes_nothing(swept):
     before = {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
     cells = [r.settings for r in finished_runs(swept)]
-    assert {j.state for j in sweep.run_jobs(cells, swept)} == {"kept"}
+    assert {j.state for j in sweep.run_jobs(cells, swept, **asked(swept.parent))} == {"kept"}
     assert before == {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
 
 

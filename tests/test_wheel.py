@@ -1,7 +1,11 @@
-"The wheel, built from the source distribution and installed into an empty environment, works without the tools we write with."
-import shutil
+"The wheel, built from the source distribution, in two empty environments: for a camera (small) and for training (all of it)."
+import shutil, subprocess
 import pytest
 from conftest import FIGURES, ROOT, RUNS, python, run
+
+MODULES = sorted(p.stem for p in ROOT.glob("penaltyanon/*.py") if not p.stem.startswith("_"))
+ON_A_CAMERA = ("cli", "core", "streams", "guards", "anonymize", "export", "deploy")
+CAMERA_MB = 350
 
 
 @pytest.fixture(scope="module")
@@ -12,41 +16,102 @@ def dist(tmp_path_factory, module_tree):
     return out
 
 
+def environment(folder, dist, extra):
+    "The interpreter of a new environment that holds the wheel and what it asks for; afterwards removed, it may be 6 GB."
+    python("-m", "venv", folder/"venv")
+    run(folder/"venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", f"{next(dist.glob('*.whl'))}[{extra}]")
+    yield folder/"venv/bin/python"
+    shutil.rmtree(folder/"venv")
+
+
 @pytest.fixture(scope="module")
-def empty(tmp_path_factory, dist):
-    "The interpreter of a new environment that holds the wheel and what it asks for."
-    venv = tmp_path_factory.mktemp("empty")/"venv"
-    python("-m", "venv", venv)
-    run(venv/"bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", *dist.glob("*.whl"))
-    yield venv/"bin/python"
-    shutil.rmtree(venv)     # 6 GB
+def edge(tmp_path_factory, dist): yield from environment(tmp_path_factory.mktemp("edge"), dist, "edge")
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, dist): yield from environment(tmp_path_factory.mktemp("train"), dist, "train")
 
 
 def inside(python, code, cwd): return run(python, "-I", "-c", code, cwd=cwd).strip().split("\n")[-1]
 
 
-def test_the_wheel_installs_into_an_empty_environment(empty, tmp_path):
-    where = inside(empty, "import penaltyanon; print(penaltyanon.__file__, penaltyanon.__version__)", tmp_path)
-    assert str(empty.parents[1]) in where and where.endswith(" 0.1.0")
-    run(empty, "-m", "pip", "check")
+def found(python, cwd, *modules): return inside(python, f"import importlib.util as u; print([m for m in {modules} if u.find_spec(m)])", cwd)
 
 
-def test_the_tools_we_write_with_are_not_needed(empty, tmp_path):
-    tools = ("nbdev", "papermill", "jupyterlab", "fastcore", "execnb", "IPython")
-    code = f"import importlib.util as u; print([t for t in {tools} if u.find_spec(t)])"
-    assert inside(empty, code, tmp_path) == "[]"
+def test_the_wheel_installs_into_an_empty_environment(edge, tmp_path):
+    where = inside(edge, "import penaltyanon; print(penaltyanon.__file__, penaltyanon.__version__)", tmp_path)
+    assert str(edge.parents[1]) in where and where.endswith(" 0.1.0")
+    run(edge, "-m", "pip", "check")
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in ROOT.glob("penaltyanon/*.py") if not p.stem.startswith("_")))
-def test_every_module_imports(empty, module, tmp_path):
-    inside(empty, f"import penaltyanon.{module}", tmp_path)
+# ---- penaltyanon[edge]: what a camera needs, and no more
+def test_a_camera_gets_no_pytorch_and_little_else(edge, tmp_path):
+    assert found(edge, tmp_path, "torch", "onnx", "scipy", "pandas", "matplotlib", "sklearn", "cv2", "papermill", "nbdev") == "[]"
+    site = next(edge.parents[1].glob("lib/python*/site-packages"))
+    mb = sum(f.stat().st_size for f in site.rglob("*") if f.is_file() and f.relative_to(site).parts[0] not in ("pip", "setuptools"))/1e6
+    print(f"penaltyanon[edge]: {mb:.0f} MB installed")
+    assert mb < CAMERA_MB
 
 
-def test_the_command_line_answers(empty, tmp_path):
-    said = run(empty.parent/"penaltyanon", "--help", cwd=tmp_path)
-    assert all(command in said for command in ("demo", "sweep", "report"))
+@pytest.mark.parametrize("module", ON_A_CAMERA)
+def test_a_camera_imports(edge, module, tmp_path): inside(edge, f"import penaltyanon.{module}", tmp_path)
 
 
-def test_the_notebooks_of_a_run_are_in_the_wheel(empty, tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A student that inverts its frames, exported by the environment of this test"
+    import torch
+    from penaltyanon.export import export_onnx, probe_frames
+    from penaltyanon.student import TinyNet
+    net = TinyNet((4, 4, 4))
+    net.head.bias.data = torch.tensor([-1.0]*12 + [1.0]*12)
+    export_onnx(net, path := tmp_path_factory.mktemp("exported")/"invert.onnx", frames=probe_frames(2, 32, 32))
+    return path
+
+
+def test_a_camera_anonymizes_frames(edge, exported, tmp_path):
+    code = f"""import sys, numpy as np; from penaltyanon.export import onnx_anonymizer
+frames = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+print(np.abs(onnx_anonymizer({str(exported)!r})(frames).astype(int) + frames - 255).max())"""
+    assert inside(edge, code, tmp_path) in "01"
+
+
+CLIP = """import av, numpy as np
+with av.open("clip.mp4", "w") as video:
+    stream = video.add_stream("mpeg4", rate=25); stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i in range(12): video.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24")))
+    video.mux(stream.encode())"""
+MEANS = "import av; print([round(float(f.to_ndarray(format='rgb24').mean())) for f in av.open('out.mp4').decode(video=0)])"
+
+
+def test_a_camera_anonymizes_a_clip(edge, exported, tmp_path):
+    inside(edge, CLIP, tmp_path)
+    run(edge.parent/"penaltyanon", "anonymize", "clip.mp4", "out.mp4", "--model", exported, cwd=tmp_path)
+    means = eval(inside(edge, MEANS, tmp_path))
+    assert len(means) == 12 and all(abs(m - (255 - 10*i)) < 6 for i, m in enumerate(means)), means
+
+
+def test_what_needs_pytorch_says_so_in_one_line(edge, tmp_path):
+    r = subprocess.run([edge.parent/"penaltyanon", "export", "a.safetensors", "a.onnx"], cwd=tmp_path, capture_output=True, text=True)
+    assert (r.returncode, r.stderr) == (1, 'error: this needs torch, which is not installed; pip install "penaltyanon[train]"\n')
+
+
+# ---- penaltyanon[train]: the library, without the tools we write with
+def test_the_tools_we_write_with_are_not_needed(train, tmp_path):
+    run(train, "-m", "pip", "check")
+    assert found(train, tmp_path, "nbdev", "papermill", "jupyterlab", "fastcore", "execnb", "IPython", "onnx", "onnxruntime") == "[]"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports(train, module, tmp_path): inside(train, f"import penaltyanon.{module}", tmp_path)
+
+
+@pytest.mark.parametrize("which", ["edge", "train"])
+def test_the_command_line_answers(which, request, tmp_path):
+    said = run(request.getfixturevalue(which).parent/"penaltyanon", "--help", cwd=tmp_path)
+    assert all(command in said for command in ("demo", "sweep", "report", "anonymize", "export"))
+
+
+def test_the_notebooks_of_a_run_are_in_the_wheel(edge, tmp_path):
     code = "import penaltyanon, pathlib; print(sorted(p.stem for p in (pathlib.Path(penaltyanon.__file__).parent/'nbs').rglob('*.ipynb')))"
-    assert inside(empty, code, tmp_path) == str(sorted(p.stem for p in [*RUNS, *FIGURES]))
+    assert inside(edge, code, tmp_path) == str(sorted(p.stem for p in [*RUNS, *FIGURES]))
