@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from penaltyanon import core
+from conftest import ROOT
 from penaltyanon.core import MACHINE, PRESETS, RunFolder, Settings, UsageError, UserError, resolve
 
 quick = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,7 +40,7 @@ def values_of(field):
     if name in core.CHOICES: return st.sampled_from(core.CHOICES[name])
     if name == "decoder": return st.lists(count, min_size=1, max_size=5)
     if name == "B": return zero_up | st.just(math.inf)
-    if name in ("crop", "holdout", "margin"): return st.floats(0.01, 0.99)
+    if name in ("crop", "holdout", "margin", "keep_rate"): return st.floats(0.01, 0.99)
     if name == "split": return st.integers(1, 3)
     kind = type(getattr(Settings(), name))
     return {bool: st.booleans(), str: text, int: st.integers(8, 10**9), float: positive}[kind]
@@ -63,7 +64,26 @@ def test_the_hash_changes_with_every_field_that_matters(s, data):
     changed = replace(s, **{field.name: other})
     assert (core.settings_hash(changed) == core.settings_hash(s)) == (field.name in MACHINE)
     assert (core.run_name(changed) == core.run_name(s)) == (field.name in MACHINE)
-    assert (core.start_key(changed) == core.start_key(s)) == (field.name not in core.START)
+    own = changed.method != s.method and {changed.method, s.method} & set(core.OWN_START)
+    assert (core.start_key(changed) == core.start_key(s)) == (field.name not in core.START and not own)
+
+
+def test_committed_runs_keep_their_names_and_hashes():
+    "Their params.yaml were written before the fields of LATER existed, or after; the folder's name must be the same."
+    runs = [core.RunFolder.open(p.parent) for p in sorted((ROOT/"runs").glob("*/*/params.yaml"))]
+    old = [r for r in runs if not set(core.LATER) & set(core.read_yaml(r/"params.yaml"))]
+    assert [core.run_name(r.settings) for r in runs] == [r.path.name for r in runs] and len(old) >= 18
+    again = [resolve(**core.read_yaml(r/"params.yaml")) for r in old]
+    assert [core.run_name(s) for s in again] == [r.path.name for r in old], "asked for today, they are found"
+    assert core.start_key(resolve("demo")) == "8a98ddf1", "the starts that lie on disk are found as well"
+
+
+@pytest.mark.parametrize("method", core.CHOICES["method"])
+def test_only_the_penalty_method_has_a_bound(method):
+    "Whatever bound a sweep hands to another method, it is the same run."
+    one, other = (resolve("demo", method=method, B=B, lam=2.0, penalty="hinge") for B in (0.3, 0.7))
+    assert (one == other) == (method != "penalty")
+    assert core.run_name(one).startswith(f"{method}-{one.backbone}-s0-" if method in core.TRAINED[1:] else method)
 
 
 def test_the_hash_is_the_same_in_another_process():
