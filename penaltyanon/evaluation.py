@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['top1', 'privacy_scores', 'mean_score', 'bootstrap', 'Released', 'room', 'release_data', 'with_views', 'release_batch',
-           'attribute_loss', 'augment', 'fit', 'predict', 'utility', 'leakage', 'frames_of', 'evaluate',
-           'release_splits', 'held_out']
+           'attribute_loss', 'augment', 'fit', 'predict', 'score_actions', 'score_attributes', 'utility', 'leakage',
+           'frames_of', 'evaluate', 'save_predictions', 'release_splits', 'held_out']
 
 # %% ../nbs/50_evaluation.ipynb #c002
-import shutil, tempfile, time, warnings
+import io, shutil, tempfile, time, warnings
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from .core import Settings, UserError
+from .core import Settings, UserError, atomic_write
 from .datasets import split_holdout
 from .anonymizers import anonymize_clip
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
@@ -209,36 +209,54 @@ def predict(
     return rearrange(torch.cat(out), "(n v) k -> n v k", n=len(x))
 
 # %% ../nbs/50_evaluation.ipynb #c034
-def utility(
-    train: Released, test: Released, # anonymized clips
-    held: Tensor, # bool, held-out part of train
-    classes: int, # number of actions
-    s: Settings, device, log, progress,
+def score_actions(
+    p: Float[np.ndarray, "n k"], # class probabilities of n videos
+    y: Int[np.ndarray, "n"], # true classes
+    repeats: int, # of the bootstrap
 ) -> dict: # top1, ci, n, chance: percent
-    "Top-1 of a fresh f_T' (section 4.3)."
-    net = build_model(s.eval_action_model or s.action_model, classes, ACTION_MODELS, s.action_weights)
-    net = fit(net, train.x, train.action, held, F.cross_entropy, s.eval_action_epochs, s.eval_lr_action, s, device, log, "f_T'", progress)
-    p, y = predict(net, test.x, s, device).softmax(-1).mean(1).numpy(), test.action.numpy()
-    return dict(top1=top1(p, y), ci=bootstrap(lambda i: top1(p[i], y[i]), len(y), s.bootstrap), n=len(y), chance=100 * float(np.bincount(y).max() / len(y)))
+    "Top-1 of an attacker's predictions, with its interval and the share of the largest class."
+    return dict(top1=top1(p, y), ci=bootstrap(lambda i: top1(p[i], y[i]), len(y), repeats), n=len(y), chance=100 * float(np.bincount(y).max() / len(y)))
 
 # %% ../nbs/50_evaluation.ipynb #c035
-def leakage(
-    train: Released, test: Released, # anonymized frames
-    held: Tensor, # bool, held-out part of train
-    names: tuple, # of the attributes
-    s: Settings, device, log, progress,
-) -> dict | None: # cmap, ci, f1, f1_logit, base_rate, n, attributes; None without labels
-    "cMAP and F1 of a fresh f_B' (section 4.3), beside the base rate."
-    if not names or bool(test.attributes.isnan().all()): return None
-    net = build_model(s.eval_privacy_model or s.privacy_model, len(names), PRIVACY_MODELS, s.privacy_weights)
-    net = fit(net, train.x, train.attributes, held, attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy, s, device, log, "f_B'", progress)
-    z, y = predict(net, test.x, s, device).mean(1).numpy(), test.attributes.numpy()
+def score_attributes(
+    z: Float[np.ndarray, "n k"], # logits of n videos or images
+    y: Float[np.ndarray, "n k"], # 0, 1 or NaN for unknown
+    names: tuple, # of the k attributes
+    repeats: int, # of the bootstrap
+) -> dict: # cmap, ci, f1, f1_logit, base_rate, n, attributes
+    "cMAP and F1 of an attacker's predictions, with interval and base rate."
     scores = privacy_scores(z, y, names)
-    ci = bootstrap(lambda i: mean_score(privacy_scores(z[i], y[i], names), "ap"), len(y), s.bootstrap)
+    ci = bootstrap(lambda i: mean_score(privacy_scores(z[i], y[i], names), "ap"), len(y), repeats)
     return dict(cmap=mean_score(scores, "ap"), ci=ci, f1=mean_score(scores, "f1"), f1_logit=mean_score(scores, "f1_logit"),
         base_rate=mean_score(scores, "base"), n=len(y), attributes=scores)
 
-# %% ../nbs/50_evaluation.ipynb #c036
+# %% ../nbs/50_evaluation.ipynb #c037
+def utility(
+    build, # () -> fresh f_T', clips to logits
+    train: Released, test: Released, # clips
+    held: Tensor, # bool, held-out part of train
+    s: Settings, device, log, progress,
+) -> dict: # of `score_actions`, and predictions
+    "Top-1 of a fresh f_T' (section 4.3)."
+    net = fit(build(), train.x, train.action, held, F.cross_entropy, s.eval_action_epochs, s.eval_lr_action, s, device, log, "f_T'", progress)
+    p, y = predict(net, test.x, s, device).softmax(-1).mean(1).numpy(), test.action.numpy()
+    return score_actions(p, y, s.bootstrap) | dict(predictions=(p, y))
+
+# %% ../nbs/50_evaluation.ipynb #c038
+def leakage(
+    build, # () -> fresh f_B', frames (or clips) to k logits
+    train: Released, test: Released, # frames as views, or clips
+    held: Tensor, # bool, held-out part of train
+    names: tuple, # of the attributes
+    s: Settings, device, log, progress,
+) -> dict | None: # of `score_attributes`, and predictions; None without labels
+    "cMAP and F1 of a fresh f_B' (section 4.3), beside the base rate."
+    if not names or bool(test.attributes.isnan().all()): return None
+    net = fit(build(), train.x, train.attributes, held, attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy, s, device, log, "f_B'", progress)
+    z, y = predict(net, test.x, s, device).mean(1).numpy(), test.attributes.numpy()
+    return score_attributes(z, y, names, s.bootstrap) | dict(predictions=(z, y))
+
+# %% ../nbs/50_evaluation.ipynb #c039
 def frames_of(
     clips: Released, # n clips of v views
     apart: bool = False, # every view a sample of its own (training), else all frames of a video together (testing)
@@ -248,14 +266,14 @@ def frames_of(
     action, attributes = (y.repeat_interleave(clips.x.shape[1], 0) for y in (clips.action, clips.attributes))
     return Released(rearrange(clips.x, "n v c t h w -> (n v) t c h w"), action, attributes, clips.rms)
 
-# %% ../nbs/50_evaluation.ipynb #c040
+# %% ../nbs/50_evaluation.ipynb #c043
 def evaluate(
     f_A, # frozen anonymizer
     actions, images, # collections of action clips and privacy images
     s: Settings,
     log=lambda row: None, # called once per attacker's epoch
     progress: bool = True, # bars with ETA
-) -> dict: # utility, privacy on images and on frames of the clips, rms, minutes
+) -> tuple[dict, dict]: # utility, privacy on images and on frames of the clips, rms, minutes; predictions by part
     "Utility and privacy of a frozen anonymizer, by fresh attackers."
     start, device = time.time(), pick_device(s.device)
     f_A = f_A.to(device)
@@ -263,19 +281,35 @@ def evaluate(
     pictures = release_splits(f_A, frame_data, images, "images", s, device, progress)
     held, held_images = held_out(actions, s), held_out(images, s)
     def logger(stage): return lambda row: log({"stage": stage, "step": row["epoch"], **row})
-    frames, views = (frames_of(clips[0], apart=True), frames_of(clips[1])), clips[0].x.shape[1]
-    return dict(utility=utility(*clips, held, len(actions.classes), s, device, logger("eval-action"), progress),
-        privacy=dict(images=leakage(*pictures, held_images, images.attribute_names, s, device, logger("eval-privacy-images"), progress),
-            frames=leakage(*frames, held.repeat_interleave(views), actions.attribute_names, s, device, logger("eval-privacy-frames"), progress)),
-        rms=dict(clips=clips[1].rms, images=pictures[1].rms), minutes=(time.time() - start) / 60)
+    def f_T(): return build_model(s.eval_action_model or s.action_model, len(actions.classes), ACTION_MODELS, s.action_weights)
+    def f_B(names): return lambda: build_model(s.eval_privacy_model or s.privacy_model, len(names), PRIVACY_MODELS, s.privacy_weights)
+    frames, apart = (frames_of(clips[0], apart=True), frames_of(clips[1])), held.repeat_interleave(clips[0].x.shape[1])
+    found = dict(utility=utility(f_T, *clips, held, s, device, logger("eval-action"), progress),
+        images=leakage(f_B(images.attribute_names), *pictures, held_images, images.attribute_names, s, device, logger("eval-privacy-images"), progress),
+        frames=leakage(f_B(actions.attribute_names), *frames, apart, actions.attribute_names, s, device, logger("eval-privacy-frames"), progress))
+    records = dict(utility=actions.test, images=images.test, frames=actions.test)
+    predictions = {k: (*v.pop("predictions"), [r.name for r in records[k]]) for k, v in found.items() if v}
+    return dict(utility=found["utility"], privacy=dict(images=found["images"], frames=found["frames"]),
+        rms=dict(clips=clips[1].rms, images=pictures[1].rms), minutes=(time.time() - start) / 60), predictions
 
-# %% ../nbs/50_evaluation.ipynb #c041
+# %% ../nbs/50_evaluation.ipynb #c044
+def save_predictions(
+    path, # *.npz, written atomically
+    parts: dict, # part ("" for only one) -> (scores (n, k), labels (n,) or (n, k), names of the n test records)
+):
+    "Keep what attackers predicted for every test record (scores in half precision), for paired comparisons."
+    arrays = {f"{part}_{k}".lstrip("_"): np.asarray(v) for part, three in parts.items() for k, v in zip(("scores", "labels", "names"), three)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: v.astype(np.float16) if k.endswith("scores") else v for k, v in arrays.items()})
+    atomic_write(path, buffer.getvalue())
+
+# %% ../nbs/50_evaluation.ipynb #c046
 def release_splits(f_A, data, collection, what, s, device, progress):
     "Train and test split of a collection, anonymized."
     train = release_data(f_A, data(s, collection.train, True, s.seed), s, device, s.eval_train_views, f"{what} train", progress)
     return train, release_data(f_A, data(s, collection.test, False, views=s.eval_views), s, device, 1, f"{what} test", progress)
 
-# %% ../nbs/50_evaluation.ipynb #c042
+# %% ../nbs/50_evaluation.ipynb #c047
 def held_out(collection, s):
     "Mask of the training records on which epochs are chosen."
     names = {r.name for r in split_holdout(collection.train, s.holdout, s.seed)[1]}

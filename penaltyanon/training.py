@@ -255,6 +255,7 @@ def pretrain_identity(
         error = loss.item() if step == 1 else 0.9 * error + 0.1 * loss.item()
         log({"stage": "identity", "step": step, "l1": loss.item()}); bar.set_postfix(L1=f"{error:.4f}")
         if error < s.identity_target and step >= min(30, s.identity_steps): break
+    opt.zero_grad()     # or the first step of the game would start from the last gradient of this stage
     freeze_batchnorm(f_A)
     return error
 
