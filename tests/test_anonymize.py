@@ -387,12 +387,14 @@ def test_a_camera_is_stopped_and_its_film_is_whole(tmp_path):
                 while True: f.write(source.read_bytes()); f.flush(); time.sleep(0.05)
         except BrokenPipeError: pass
     threading.Thread(target=feed, daemon=True).start()
-    code = "import sys, numpy as np\nfrom penaltyanon import deploy\nfrom penaltyanon.guards import Anonymizer\nprint(deploy.closing(deploy.anonymize(sys.argv[1], sys.argv[2], Anonymizer(lambda f: np.full_like(f, 128)))))"
+    # a shell that starts tests in the background has Ctrl-C ignored, and children inherit that: the camera's process listens again
+    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon import deploy\nfrom penaltyanon.guards import Anonymizer\nprint(deploy.closing(deploy.anonymize(sys.argv[1], sys.argv[2], Anonymizer(lambda f: np.full_like(f, 128)))))"
     with subprocess.Popen([sys.executable, "-c", code, str(pipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         deadline = time.time() + 60
         while not any(f.stat().st_size > 2000 for f in tmp_path.glob(".out*.part")) and time.time() < deadline and p.poll() is None: time.sleep(0.1)
         p.send_signal(signal.SIGINT)
-        said, errors = p.communicate(timeout=40)
+        try: said, errors = p.communicate(timeout=60)
+        finally: p.kill()
     assert p.returncode == 0 and "1 stopped of 1 file" in said, said + errors
     report = json.loads((tmp_path/"out.mkv.report.json").read_text())
     assert is_flat(out) == report["frames_out"] > 3
