@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 'PRESETS', 'OWN', 'NO_BOUND', 'MACHINE', 'LATER',
-           'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'plain', 'write_json',
-           'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type', 'check_range',
-           'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name', 'start_key',
-           'RunFolder', 'finished_runs']
+           'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
+           'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
+           'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
+           'start_key', 'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -52,6 +52,13 @@ def atomic_write(
     except OSError as e: raise UserError(f"{path}: cannot be written ({e.strerror or e}); choose another folder or make room") from e
     finally: temp.unlink(missing_ok=True) if temp.parent.is_dir() else None
     return path
+
+# %% ../nbs/00_core.ipynb #h002
+def file_hash(
+    path,   # file
+) -> str:   # 64 hexadecimal digits
+    "SHA-256 of a file, read in pieces."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #c017
 def plain(

@@ -7,7 +7,7 @@ __all__ = ['enlarged', 'crop_of', 'endless_frames', 'sample_frames', 'imitation'
            'new_student', 'distill', 'gmacs', 'cpu_times', 'exported', 'quality_speed']
 
 # %% ../nbs/63_distill.ipynb #c003
-import hashlib, math, tempfile, time
+import math, tempfile, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from .core import UsageError, nearest, seed_everything
+from .core import UsageError, file_hash, nearest, seed_everything
 from .datasets import decode, open_data
 from .anonymizers import load_anonymizer, save_anonymizer
 from .student import STUDENTS, TinyNet
@@ -156,7 +156,7 @@ def distill(
     net, teacher = new_student(student).to(device), teacher.to(device)
     losses = imitate(net, teacher, endless_frames(data, batch, size, size, seed), steps, seed=seed, progress=progress)
     close = fidelity(torch_anonymizer(net.cpu()), torch_anonymizer(teacher.cpu()), sample_frames(data, 12, 240, 320, seed + 1, "test"))
-    card = {"teacher": Path(model).name, "teacher_sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(), "made": made, "data": data,
+    card = {"teacher": Path(model).name, "teacher_sha256": file_hash(model), "made": made, "data": data,
             "steps": steps, "size": size, "batch": batch, "seed": seed, "loss": round(float(np.mean(losses[-50:])), 5), "fidelity": close}
     save_anonymizer(out, net, card)
     return card

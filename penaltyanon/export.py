@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from .core import UserError, UsageError, atomic_write
+from .core import UserError, UsageError, atomic_write, file_hash
 
 # %% ../nbs/61_export.ipynb #c006
 def probe_frames(
@@ -217,7 +217,7 @@ def _source(
     from penaltyanon import student     # registers its architecture
     from penaltyanon.anonymizers import load_anonymizer
     f_A, card = load_anonymizer(model)
-    return f_A.eval(), {"source": Path(model).name, "source_sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(), "made": card}
+    return f_A.eval(), {"source": Path(model).name, "source_sha256": file_hash(model), "made": card}
 
 # %% ../nbs/61_export.ipynb #c034
 def export_onnx(

@@ -12,7 +12,8 @@ from penaltyanon.anonymizers import ARCHITECTURES, Identity, UNet, UNetPP, anony
 from penaltyanon.clipnets import I3D
 from penaltyanon.core import UsageError, UserError
 from penaltyanon.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
-from penaltyanon.weights import load_trunk, matched, sha256
+from penaltyanon.core import file_hash
+from penaltyanon.weights import load_trunk, matched
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def small_hub(monkeypatch, tmp_path, content=None):
     torch.manual_seed(3)
     net, hub = build_model("r2d_small", 6, PRIVACY_MODELS), tmp_path/"hub"
     hub.mkdir(); torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, hub/"f.pth")
-    name = f"r2d-{sha256(hub/'f.pth')[:8]}.pth"
+    name = f"r2d-{file_hash(hub/'f.pth')[:8]}.pth"
     (hub/"f.pth").rename(hub/name)
     if content: (hub/name).write_bytes(content)
     monkeypatch.setitem(HUB["imagenet"], "r2d_small", f"file://{hub}/{name}")
