@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 
            'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
            'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
            'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
-           'start_key', 'RunFolder', 'finished_runs']
+           'differences', 'start_key', 'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -251,6 +251,8 @@ class _Evaluation:
 class _Machine:
     device: str = "auto"           # auto | cpu | cuda | cuda:N | mps
     threads: int = 0               # CPU threads, >= 0; 0 = the library's choice
+    devices: int = 1               # processes that share each batch, with one device each, >= 1
+    save_minutes: float = 10.0     # between two checkpoints, >= 0; 0 = after every step; each epoch's end has one as well
 
 # %% ../nbs/00_core.ipynb #c050
 def _number_hint(
@@ -286,7 +288,7 @@ CHOICES = dict(preset=("smoke", "demo", "mini", "paper"), backbone=("unetpp", "u
                penalty=("hinge", "constraint", "none"), units=("std", "pixel"), scope=("clip", "batch"),
                precision=("bf16", "fp32"))
 AT_LEAST = dict(split=1, frames=1, skip=1, size=8, decoder=1, epochs=1, batch_clips=1, batch_images=2, privacy_updates=1,
-                ensemble=1, log_every=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1, eval_train_views=1)
+                ensemble=1, log_every=1, devices=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1, eval_train_views=1)
 POSITIVE = ("crop", "keep_rate", "identity_lr", "warmup_lr", "lr_anonymizer", "lr_action", "lr_privacy", "eval_lr_action", "eval_lr_privacy")
 AT_MOST = dict(split=3, crop=1.0, keep_rate=1.0)
 
@@ -392,7 +394,7 @@ def settings_dict(
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
 
 # %% ../nbs/00_core.ipynb #c078
-MACHINE = ("device", "threads", "workers")      # where and how fast, not what
+MACHINE = ("device", "threads", "workers", "devices", "save_minutes")      # where and how fast, not what
 LATER = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every")     # version 0.2
 
 # %% ../nbs/00_core.ipynb #c079
@@ -426,6 +428,14 @@ def run_name(
     if s.method == "penalty": what += f"-{s.penalty}-B{s.B:g}-lam{s.lam:g}"
     return f"{what}-s{s.seed}-{settings_hash(s)}"
 
+# %% ../nbs/00_core.ipynb #h021
+def differences(
+    a: Settings, b: Settings,
+) -> str:   # "B: 0.3 and 0.7; steps: 250 and 100"; "" when nothing that matters differs
+    "Names and values of the settings that differ, those of the machine aside."
+    a, b = ({k: v for k, v in settings_dict(s).items() if k not in MACHINE} for s in (a, b))
+    return "; ".join(f"{k}: {v} and {b[k]}" for k, v in a.items() if v != b[k])
+
 # %% ../nbs/00_core.ipynb #c086
 START = ("action_data", "privacy_data", "split", "frames", "skip", "size", "crop", "decoder", "anonymizer_weights",
          "action_model", "privacy_model", "action_weights", "privacy_weights", "identity_steps", "identity_lr", "identity_target",
@@ -448,6 +458,28 @@ def _rows(
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
+# %% ../nbs/00_core.ipynb #h023
+def _told_env(
+    path,        # env.json, there or not
+    env: dict,   # of `capture_env`, now
+) -> dict:       # what env.json is to hold
+    "The first attempt's environment; attempts that went on later stand in `resumed`, with what was different."
+    if not path.exists(): return env
+    first = read_json(path)
+    other = {k: v for k, v in env.items() if k != "date" and first.get(k) != v}
+    return first | {"resumed": [*first.get("resumed", []), {"date": env["date"], "differs": other}]}
+
+# %% ../nbs/00_core.ipynb #h024
+def _changed(
+    old: dict, new: dict,   # data.json: part -> manifest of `datasets.data_manifest`
+) -> str:                   # "" when both are the same data
+    "The first file that is not what it was."
+    for part in new:
+        if old.get(part, {}).get("sha256") == new[part]["sha256"]: continue
+        before, now = ({f[0]: f for files in m.get("files", {}).values() for f in files} for m in (old.get(part, {}), new[part]))
+        return next((f"{new[part]['root']}: {n}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)), f"{new[part]['root']}: its labels")
+    return ""
+
 # %% ../nbs/00_core.ipynb #c091
 class RunFolder:
     "One run on disk: parameters, environment, metrics, results, and DONE last."
@@ -465,10 +497,11 @@ class RunFolder:
         "The folder root/run_name(settings) with params.yaml and env.json."
         run = cls(Path(root)/run_name(settings), settings)
         if (run/"params.yaml").exists() and settings_hash(cls.open(run.path).settings) != settings_hash(settings):
-            raise UserError(f"{run.path}: holds a run of other parameters; delete it or choose another folder")
+            raise UserError(f"{run.path}: holds a run of other parameters ({differences(cls.open(run.path).settings, settings)}); delete it or choose another folder")
         if run.is_done: return run
         write_yaml(run/"params.yaml", settings_dict(settings))
-        write_json(run/"env.json", capture_env(settings.device))
+        env = capture_env(settings.device)
+        write_json(run/"env.json", _told_env(run/"env.json", env) if resume else env)
         kept = run.metrics() if resume else []
         atomic_write(run/"metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return run
@@ -487,6 +520,13 @@ class RunFolder:
         "Append one row to metrics.jsonl."
         self._refuse_if_done()
         with (self/"metrics.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(plain(row)) + "\n")
+
+    def note_data(self, manifest: dict) -> None:
+        "Write data.json; data that changed since the run began are refused."
+        manifest = json.loads(json.dumps(plain(manifest)))
+        if (self/"data.json").exists() and (what := _changed(read_json(self/"data.json"), manifest)):
+            raise UserError(f"{what} changed since {self.path.name} began; put it back, or delete the run's folder to run it anew")
+        write_json(self/"data.json", manifest)
 
     def finish(self, results: dict) -> None:
         "Write results.json, then DONE, last of all."

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .core import UsageError, UserError
 from .records import (BOOKKEEPING, IMAGE_SUFFIXES, INDEX_RULE, VIDEO_SUFFIXES, VP_ATTRIBUTES, Collection, Record, attributes_at,
-                                 index_files, is_video, read_frame_labels, read_labels, read_table, video_level)
+                                 content_hashes, index_files, is_video, read_frame_labels, read_labels, read_table, video_level)
 from .transforms import test_clip, train_clip
 from .video import read_frames, read_image, sample_indices
 
@@ -407,17 +407,26 @@ def _summary(
             "base_rates": {a: None if np.isnan(b) else round(float(b), 4) for a, b in zip(attributes, rates)}}
 
 # %% ../nbs/12_datasets.ipynb #c055
+def _files(
+    records: tuple[Record, ...],
+    root: Path,  # of the collection
+) -> list:  # [name, bytes, first 16 digits of the SHA-256], sorted
+    "What was read, file by file."
+    hashes = content_hashes(root, [str(r.path.absolute()) for r in records])
+    return sorted([r.name, r.path.stat().st_size, hashes[str(r.path.absolute())][:16]] for r in records)
+
+# %% ../nbs/12_datasets.ipynb #h055
 def data_manifest(
     collection: Collection,
 ) -> dict:  # ready for data.json
-    "What was used: files with sizes, what was left out and why, counts, base rates, one hash over all."
+    "What was used: files with sizes and hashes, what was left out and why, counts, base rates, one hash over all."
     c = collection
-    files = {part: sorted((r.name, r.path.stat().st_size) for r in getattr(c, part)) for part in ("train", "test")}
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    files = {part: _files(getattr(c, part), c.root) for part in ("train", "test")}
+    labels = [(r.name, r.action, [str(a) for a in r.attributes], str(r.spans)) for r in c.train + c.test]
+    digest = hashlib.sha256(json.dumps([files, sorted(labels)], sort_keys=True).encode()).hexdigest()
     return {"name": c.name, "kind": c.kind, "root": str(c.root), "sha256": digest, "classes": list(c.classes),
             "attribute_names": list(c.attribute_names), "excluded": [list(e) for e in c.excluded],
-            "train": _summary(c.train, c.classes, c.attribute_names), "test": _summary(c.test, c.classes, c.attribute_names),
-            "files": {part: [list(f) for f in names] for part, names in files.items()}}
+            "train": _summary(c.train, c.classes, c.attribute_names), "test": _summary(c.test, c.classes, c.attribute_names), "files": files}
 
 # %% ../nbs/12_datasets.ipynb #c058
 HMDB_TAIL = re.compile(r"_[a-z]_(cm|nm)_np\d+_[a-z]+_(goo|med|bad)_\d+$")  # body, camera, people, view, quality, number

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['top1', 'privacy_scores', 'mean_score', 'bootstrap', 'Released', 'room', 'release_data', 'with_views', 'release_batch',
-           'attribute_loss', 'augment', 'fit', 'predict', 'score_actions', 'score_attributes', 'utility', 'leakage',
-           'frames_of', 'evaluate', 'save_predictions', 'release_splits', 'held_out']
+           'attribute_loss', 'augment', 'fit', 'predict', 'score_actions', 'score_attributes', 'answer', 'utility',
+           'leakage', 'frames_of', 'evaluate', 'save_predictions', 'release_splits', 'held_out']
 
 # %% ../nbs/50_evaluation.ipynb #c002
 import io, shutil, tempfile, time, warnings
@@ -24,8 +24,9 @@ from .core import Settings, UserError, atomic_write
 from .datasets import split_holdout
 from .anonymizers import anonymize_clip
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
+from .checkpoints import Keeper, keep_up
 from .losses import rms
-from .training import autocast, clip_data, frame_data, pick_device, set_mode
+from .training import autocast, check_finite, clip_data, frame_data, pick_device, says_what_to_lower, set_mode
 
 # %% ../nbs/50_evaluation.ipynb #c005
 def top1(
@@ -159,6 +160,7 @@ def augment(
     return (x * (0.9 + 0.2 * torch.rand(one, generator=generator).to(x.device))).clamp(0, 1)
 
 # %% ../nbs/50_evaluation.ipynb #c028
+@says_what_to_lower("eval_batch or size")
 def fit(
     net: nn.Module, # fresh attacker; changed in place
     x: Tensor, # uint8 (n, views, 3, ...) released training data
@@ -170,27 +172,40 @@ def fit(
     s: Settings, # eval_batch, precision, seed
     device: torch.device,
     log=lambda row: None, # called once per epoch
-    desc: str = "attack", # of the progress bar
+    desc: str = "attack", # of the progress bar, and the stage of checkpoints
     progress: bool = True,
+    keep: Keeper | None = None, # where to go on from, and where to write how far it came
 ) -> nn.Module: # the network with the best held-out weights
     "Train an attacker on released data; choose its epoch on held-out training data."
     g, train, views = torch.Generator().manual_seed(s.seed), (~held).nonzero().squeeze(1), x.shape[1]
     net.to(device)
     opt, steps = torch.optim.Adam(net.parameters(), lr), epochs * max(1, -(-len(train) // s.eval_batch))
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.15)
-    best, keep = float("inf"), None
-    for epoch in (bar := tqdm(range(epochs), desc=desc, disable=not progress, mininterval=1)):
+    best, weights, epoch, order, left = float("inf"), None, 0, None, ()
+    now = lambda: dict(parts=[p.state_dict() for p in (net, opt, rate)], best=best, weights=weights, epoch=epoch, order=order, left=len(left), generator=g.get_state())
+    if keep and (was := keep.take(desc)):
+        for part, state in zip((net, opt, rate), was["parts"]): part.load_state_dict(state)
+        best, weights, epoch, order = (was[k] for k in ("best", "weights", "epoch", "order"))
+        left = order.split(s.eval_batch)[-was["left"]:] if was["left"] else ()
+        g.set_state(was["generator"])
+    for epoch in (bar := tqdm(range(epoch, epochs), desc=desc, disable=not progress, mininterval=1)):
         set_mode([net], [])
-        for i in train[torch.randperm(len(train), generator=g)].split(s.eval_batch):
+        if not left: left = (order := train[torch.randperm(len(train), generator=g)]).split(s.eval_batch)
+        while left:
+            i, left = left[0], left[1:]
             view = torch.randint(views, (len(i),), generator=g)
             batch = augment(x[i, view].to(device).float() / 255, g)
             with autocast(s, device, opponent=True): error = loss(net(batch).float(), y[i].to(device))
             opt.zero_grad(); error.backward(); opt.step(); rate.step()
+            check_finite({desc: error.item()}, epoch + 1)
+            if left: keep_up(keep, desc, False, now)
         held_loss = float(loss(predict(net, x[held], s, device).mean(1), y[held])) if held.any() else error.item()
-        if held_loss <= best or keep is None: best, keep = held_loss, {k: v.detach().clone() for k, v in net.state_dict().items()}
+        if held_loss <= best or weights is None: best, weights = held_loss, {k: v.detach().clone() for k, v in net.state_dict().items()}
         log({"epoch": epoch + 1, "loss": error.item(), "held_loss": held_loss})
         bar.set_postfix(loss=f"{error.item():.3f}", held=f"{held_loss:.3f}")
-    net.load_state_dict(keep)
+        epoch += 1
+        keep_up(keep, desc, True, now)
+    net.load_state_dict(weights)
     return net
 
 # %% ../nbs/50_evaluation.ipynb #c029
@@ -230,16 +245,33 @@ def score_attributes(
     return dict(cmap=mean_score(scores, "ap"), ci=ci, f1=mean_score(scores, "f1"), f1_logit=mean_score(scores, "f1_logit"),
         base_rate=mean_score(scores, "base"), n=len(y), attributes=scores)
 
+# %% ../nbs/50_evaluation.ipynb #h052
+def answer(
+    stage: str, # name of the attacker
+    keep: Keeper | None, # what is done already
+    train, # () -> predictions and labels, two arrays
+) -> tuple[np.ndarray, np.ndarray]: # predictions, labels
+    "What an attacker says, from the checkpoint where it has said it before."
+    if keep is None: return train()
+    if stage not in keep.done:
+        keep.take("between")                            # the random numbers go on from the attacker before
+        keep.done[stage] = [torch.from_numpy(a) for a in train()]
+        keep.save("between", {})
+    return tuple(t.numpy() for t in keep.done[stage])
+
 # %% ../nbs/50_evaluation.ipynb #c037
 def utility(
     build, # () -> fresh f_T', clips to logits
     train: Released, test: Released, # clips
     held: Tensor, # bool, held-out part of train
     s: Settings, device, log, progress,
+    keep: Keeper | None = None, stage: str = "f_T'", # checkpoints; name of the attacker
 ) -> dict: # of `score_actions`, and predictions
     "Top-1 of a fresh f_T' (section 4.3)."
-    net = fit(build(), train.x, train.action, held, F.cross_entropy, s.eval_action_epochs, s.eval_lr_action, s, device, log, "f_T'", progress)
-    p, y = predict(net, test.x, s, device).softmax(-1).mean(1).numpy(), test.action.numpy()
+    def ask():
+        net = fit(build(), train.x, train.action, held, F.cross_entropy, s.eval_action_epochs, s.eval_lr_action, s, device, log, stage, progress, keep)
+        return predict(net, test.x, s, device).softmax(-1).mean(1).numpy(), test.action.numpy()
+    p, y = answer(stage, keep, ask)
     return score_actions(p, y, s.bootstrap) | dict(predictions=(p, y))
 
 # %% ../nbs/50_evaluation.ipynb #c038
@@ -249,11 +281,14 @@ def leakage(
     held: Tensor, # bool, held-out part of train
     names: tuple, # of the attributes
     s: Settings, device, log, progress,
+    keep: Keeper | None = None, stage: str = "f_B'", # checkpoints; name of the attacker
 ) -> dict | None: # of `score_attributes`, and predictions; None without labels
     "cMAP and F1 of a fresh f_B' (section 4.3), beside the base rate."
     if not names or bool(test.attributes.isnan().all()): return None
-    net = fit(build(), train.x, train.attributes, held, attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy, s, device, log, "f_B'", progress)
-    z, y = predict(net, test.x, s, device).mean(1).numpy(), test.attributes.numpy()
+    def ask():
+        net = fit(build(), train.x, train.attributes, held, attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy, s, device, log, stage, progress, keep)
+        return predict(net, test.x, s, device).mean(1).numpy(), test.attributes.numpy()
+    z, y = answer(stage, keep, ask)
     return score_attributes(z, y, names, s.bootstrap) | dict(predictions=(z, y))
 
 # %% ../nbs/50_evaluation.ipynb #c039
@@ -273,6 +308,7 @@ def evaluate(
     s: Settings,
     log=lambda row: None, # called once per attacker's epoch
     progress: bool = True, # bars with ETA
+    keep: Keeper | None = None, # where to go on from, and where to write how far it came
 ) -> tuple[dict, dict]: # utility, privacy on images and on frames of the clips, rms, minutes; predictions by part
     "Utility and privacy of a frozen anonymizer, by fresh attackers."
     start, device = time.time(), pick_device(s.device)
@@ -284,13 +320,13 @@ def evaluate(
     def f_T(): return build_model(s.eval_action_model or s.action_model, len(actions.classes), ACTION_MODELS, s.action_weights)
     def f_B(names): return lambda: build_model(s.eval_privacy_model or s.privacy_model, len(names), PRIVACY_MODELS, s.privacy_weights)
     frames, apart = (frames_of(clips[0], apart=True), frames_of(clips[1])), held.repeat_interleave(clips[0].x.shape[1])
-    found = dict(utility=utility(f_T, *clips, held, s, device, logger("eval-action"), progress),
-        images=leakage(f_B(images.attribute_names), *pictures, held_images, images.attribute_names, s, device, logger("eval-privacy-images"), progress),
-        frames=leakage(f_B(actions.attribute_names), *frames, apart, actions.attribute_names, s, device, logger("eval-privacy-frames"), progress))
+    found = dict(utility=utility(f_T, *clips, held, s, device, logger("eval-action"), progress, keep, "f_T'"),
+        images=leakage(f_B(images.attribute_names), *pictures, held_images, images.attribute_names, s, device, logger("eval-privacy-images"), progress, keep, "f_B' on images"),
+        frames=leakage(f_B(actions.attribute_names), *frames, apart, actions.attribute_names, s, device, logger("eval-privacy-frames"), progress, keep, "f_B' on frames"))
     records = dict(utility=actions.test, images=images.test, frames=actions.test)
     predictions = {k: (*v.pop("predictions"), [r.name for r in records[k]]) for k, v in found.items() if v}
     return dict(utility=found["utility"], privacy=dict(images=found["images"], frames=found["frames"]),
-        rms=dict(clips=clips[1].rms, images=pictures[1].rms), minutes=(time.time() - start) / 60), predictions
+        rms=dict(clips=clips[1].rms, images=pictures[1].rms), minutes=(keep.seconds() if keep else time.time() - start) / 60), predictions
 
 # %% ../nbs/50_evaluation.ipynb #c044
 def save_predictions(

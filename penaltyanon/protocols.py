@@ -189,6 +189,7 @@ def run_attack(
     attack: Attack,
     releases: Releases,          # of the anonymizer under attack
     log=lambda row: None,        # called once per epoch
+    keep=None,                   # `checkpoints.Keeper`: where to go on from
 ) -> tuple[dict, tuple]:         # scores of `utility` or `leakage`; (scores, labels, names of records)
     "One fresh attacker, trained and tested as its attack says (sections 4.3, 4.4 and 8)."
     s, clips, raw = releases.s, attack.sees == "clips", attack.learns_from == "raw"
@@ -199,7 +200,7 @@ def run_attack(
     train, test = replace(train, attributes=train.attributes[:, at_home]), replace(test, attributes=test.attributes[:, there])
     held = held_out(home, s).repeat_interleave(len(train.x) // len(home.train))
     seed_everything(s.seed)
-    args = (train, test, held), (s, pick_device(s.device), log, releases.progress)
+    args = (train, test, held), (s, pick_device(s.device), log, releases.progress, keep)
     if attack.kind == "action": found = utility(fresh(attack, s, len(home.classes)), *args[0], *args[1])
     else: found = leakage(fresh(attack, s, len(names)), *args[0], names, *args[1])
     if found is None: raise UserError(f"{attack.on or attack.train}: no test record has a known attribute; attack {attack.name} cannot be measured")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIDEO_SUFFIXES', 'IMAGE_SUFFIXES', 'INDEX_RULE', 'VP_ATTRIBUTES', 'BOOKKEEPING', 'PA_VISIBLE', 'Record',
-           'attributes_at', 'Collection', 'is_video', 'index_files', 'read_table', 'read_labels', 'video_level',
-           'read_frame_labels']
+           'attributes_at', 'Collection', 'is_video', 'index_files', 'content_hashes', 'read_table', 'read_labels',
+           'video_level', 'read_frame_labels']
 
 # %% ../nbs/11_records.ipynb #c002
 import csv
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .core import UserError, read_json, write_json
+from .core import UserError, file_hash, read_json, write_json
 from .video import VideoError, frame_count, read_image
 
 # %% ../nbs/11_records.ipynb #c005
@@ -62,7 +62,7 @@ class Collection:
 # %% ../nbs/11_records.ipynb #c010
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-INDEX_RULE = 1  # raise when `frame_count` changes what it accepts
+INDEX_RULE = 2  # raise when `frame_count` changes what it accepts
 
 # %% ../nbs/11_records.ipynb #c011
 def is_video(path: Path) -> bool: return path.suffix.lower() in VIDEO_SUFFIXES
@@ -74,44 +74,63 @@ def _probe(path: Path) -> tuple[int, str]:  # (frames, "") or (0, reason)
     except VideoError as e: return 0, str(e).removeprefix(f"{path}: ")
 
 # %% ../nbs/11_records.ipynb #c013
-def _index_file(root: Path) -> Path:
-    "Where the index of one data root is kept: `PENALTYANON_CACHE` or ~/.cache/penaltyanon, folder `index`."
+def _store_file(
+    root: Path,
+    kind: str,  # index | sha256
+) -> Path:
+    "Where something about the files of one data root is remembered: `PENALTYANON_CACHE` or ~/.cache/penaltyanon."
     base = Path(os.environ.get("PENALTYANON_CACHE") or Path.home()/".cache"/"penaltyanon")
-    return base/"index"/f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    return base/kind/f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
 
 # %% ../nbs/11_records.ipynb #c014
-def _load_index(store: Path) -> dict:
-    "The stored index, or nothing: a missing or broken index only costs the time to make it again."
+def _load_store(store: Path) -> dict:
+    "What is remembered, or nothing: a missing or broken file only costs the time to make it again."
     try: known = json.loads(store.read_text())
     except (OSError, ValueError): return {}
-    return {n: e for n, e in known.items() if isinstance(e, list) and len(e) == 3} if isinstance(known, dict) else {}
+    return {n: e for n, e in known.items() if isinstance(e, list) and len(e) == 2} if isinstance(known, dict) else {}
+
+# %% ../nbs/11_records.ipynb #c016
+def _save_store(store: Path, known: dict):
+    "Remember; where nothing can be written, go on without."
+    try: write_json(store, known)
+    except (OSError, UserError) as e: warnings.warn(f"{store}: cannot keep the index ({e}); set PENALTYANON_CACHE to a writable folder", stacklevel=4)
 
 # %% ../nbs/11_records.ipynb #c015
+def _remembered(
+    root: Path,  # folder that the names are relative to
+    names: list[str],  # files below it
+    kind: str,  # index | sha256
+    work,  # path -> what JSON can hold
+) -> dict:  # name -> result
+    "Do something with every file once, in threads; the result holds until size or date of the file change."
+    store, stats = _store_file(root, kind), {n: (root/n).stat() for n in names}
+    keys = {n: f"{INDEX_RULE}-{s.st_size}-{s.st_mtime_ns}" for n, s in stats.items()}
+    known = _load_store(store)
+    todo = [n for n in dict.fromkeys(names) if known.get(n, [""])[0] != keys[n]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(work, [root/n for n in todo])
+        for n, result in zip(todo, tqdm(found, f"{kind} of {root.name}", len(todo), disable=len(todo) < 50)): known[n] = [keys[n], result]
+    if todo: _save_store(store, known)
+    return {n: known[n][1] for n in names}
+
+# %% ../nbs/11_records.ipynb #h010
 def index_files(
     root: Path,  # folder that the names are relative to
     names: list[str],  # files below it
 ) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:  # frames by name; (name, reason) of damaged files
-    "Decode every file once, in threads; remember the result until size or date of the file change."
-    store, stats = _index_file(root), {n: (root/n).stat() for n in names}
-    keys = {n: f"{INDEX_RULE}-{s.st_size}-{s.st_mtime_ns}" for n, s in stats.items()}
-    known = _load_index(store)
-    todo = [n for n in dict.fromkeys(names) if known.get(n, [""])[0] != keys[n]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(_probe, [root/n for n in todo])
-        for n, result in zip(todo, tqdm(found, f"indexing {root.name}", len(todo), disable=len(todo) < 50)):
-            known[n] = [keys[n], *result]
-    if todo: _save_index(store, known)
-    damaged = tuple((n, known[n][2]) for n in names if known[n][2])
+    "Decode every file once; damaged ones are named and left out."
+    found = _remembered(root, names, "index", _probe)
+    damaged = tuple((n, found[n][1]) for n in names if found[n][1])
     if damaged: warnings.warn(f"{root}: {len(damaged)} of {len(names)} files left out as damaged: " + ", ".join(f"{n} ({r})" for n, r in damaged[:5]), stacklevel=2)
-    return {n: known[n][1] for n in names if not known[n][2]}, damaged
+    return {n: found[n][0] for n in names if not found[n][1]}, damaged
 
-# %% ../nbs/11_records.ipynb #c016
-def _save_index(store: Path, known: dict):
-    "Keep the index; where nothing can be written, go on without."
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        write_json(store, known)
-    except OSError as e: warnings.warn(f"{store}: cannot keep the index ({e}); set PENALTYANON_CACHE to a writable folder", stacklevel=3)
+# %% ../nbs/11_records.ipynb #h012
+def content_hashes(
+    root: Path,  # folder that the names are relative to
+    names: list[str],  # files below it, or absolute paths
+) -> dict[str, str]:  # name -> 64 hexadecimal digits
+    "SHA-256 of every file, remembered until its size or date change."
+    return _remembered(root, names, "sha256", file_hash)
 
 # %% ../nbs/11_records.ipynb #c019
 VP_ATTRIBUTES = ("skin_color", "face", "gender", "nudity", "relationship")  # columns of the VP-UCF101 / VP-HMDB51 labels

@@ -1,5 +1,6 @@
 "Data sets: every label checked, damaged files named, no pickle runs, items depend on (seed, epoch, index) alone."
 import csv, json, os, pickle, shutil, warnings
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -236,7 +237,7 @@ def test_files_are_decoded_once_and_again_when_they_change(own, monkeypatch):
     write_video(own/"UCF-101"/names[0], torch.zeros(7, 3, 32, 32, dtype=torch.uint8))
     assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21} and len(seen) == 3
     for broken in "", "[]", "{\"Jump/v_Jump_g01_c01.avi\": 3}", "{\"Jump/v_Jump_g01_c01.avi\": []}":
-        records._index_file(own/"UCF-101").write_text(broken)               # a spoiled index costs time, nothing else
+        records._store_file(own/"UCF-101", "index").write_text(broken)               # a spoiled index costs time, nothing else
         assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21}
 
 
@@ -436,8 +437,19 @@ def test_manifest_is_json_and_sees_changes(own):
     m = data_manifest(ucf101(own, attributes="auto"))
     assert json.loads(json.dumps(m)) == m and m["train"]["per_class"] == {"Jump": 6, "Walk": 6} and m["test"]["files"] == 4
     assert m["test"]["base_rates"] == {"skin_color": 1.0, "face": 1.0} and "Unused" not in m["classes"]
-    write_video(own/"UCF-101/Jump/v_Jump_g02_c01.avi", torch.zeros(30, 3, 32, 32, dtype=torch.uint8))
-    assert data_manifest(ucf101(own, attributes="auto"))["sha256"] != m["sha256"]
+    clip = own/"UCF-101/Jump/v_Jump_g02_c01.avi"
+    data = clip.read_bytes()
+    tail = bytes([data[-1] ^ 1])
+    clip.write_bytes(data[:-1] + tail)                                      # one bit, the same size, still decodes
+    changed = data_manifest(ucf101(own, attributes="auto"))
+    differ = [a[0] for part in ("train", "test") for a, b in zip(m["files"][part], changed["files"][part]) if a != b]
+    assert changed["sha256"] != m["sha256"] and differ == ["Jump/v_Jump_g02_c01.avi"]
+    clip.write_bytes(data)
+    assert data_manifest(ucf101(own, attributes="auto")) == m
+    record = ucf101(own, attributes="auto").train[0]
+    c = ucf101(own, attributes="auto")
+    other = replace(c, train=(replace(record, attributes=tuple(1 - a for a in record.attributes)), *c.train[1:]))
+    assert data_manifest(other)["sha256"] != m["sha256"], "a label that changed"
 
 
 # ---- the real miniatures
