@@ -68,8 +68,9 @@ class Keeper:
         settings: Settings,   # of the run; a checkpoint of other settings is refused
         log=None,             # file of rows that goes with it, cut back to where the checkpoint was made
         say=print,            # told what happened to the files
+        matters: tuple = (),  # names of settings that must be the same; () = all but the machine's
     ):
-        self.path, self.settings, self.log, self.say = Path(path), settings, Path(log) if log else None, say
+        self.path, self.settings, self.log, self.say, self.matters = Path(path), settings, Path(log) if log else None, say, matters
         self.previous, self.began, self.saved = self.path.with_name(f"{self.path.name}.previous"), time.monotonic(), time.monotonic()
         self.stage, self.state, self.random, self.done, self.earlier = "", None, None, {}, 0.0
         for left in self.path.parent.glob(f".{self.path.name}.*.tmp"): left.unlink()     # of a kill while writing
@@ -89,9 +90,10 @@ class Keeper:
 
     def _take_up(self, found: dict):
         "Be where a checkpoint says."
-        if what := differences(Settings(**found["settings"]), self.settings): raise UserError(f"{self.path}: a checkpoint of other settings ({what}); delete it or choose another folder")
+        if what := differences(Settings(**found["settings"]), self.settings, self.matters): raise UserError(f"{self.path}: a checkpoint of other settings ({what}); delete it or choose another folder")
         self.stage, self.state, self.random, self.done, self.earlier = (found[k] for k in ("stage", "state", "random", "done", "seconds"))
-        if self.log and self.log.exists() and self.log.stat().st_size > found["rows"]: os.truncate(self.log, found["rows"])
+        if (size := self._rows()) > found["rows"]: os.truncate(self.log, found["rows"])
+        elif size < found["rows"]: self.say(f"{self.log}: shorter than when the checkpoint was made; rows are lost")
 
     def _rows(self) -> int:  # bytes
         "How long the file of rows is, once all of it is on the disk."

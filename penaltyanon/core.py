@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 
            'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
            'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
            'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
-           'differences', 'start_key', 'RunFolder', 'finished_runs']
+           'differences', 'start_key', 'read_rows', 'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -431,10 +431,11 @@ def run_name(
 # %% ../nbs/00_core.ipynb #h021
 def differences(
     a: Settings, b: Settings,
+    names: tuple = (),   # of the settings that matter; () = all but the machine's
 ) -> str:   # "B: 0.3 and 0.7; steps: 250 and 100"; "" when nothing that matters differs
     "Names and values of the settings that differ, those of the machine aside."
     a, b = ({k: v for k, v in settings_dict(s).items() if k not in MACHINE} for s in (a, b))
-    return "; ".join(f"{k}: {v} and {b[k]}" for k, v in a.items() if v != b[k])
+    return "; ".join(f"{k}: {v} and {b[k]}" for k, v in a.items() if v != b[k] and k in (names or a))
 
 # %% ../nbs/00_core.ipynb #c086
 START = ("action_data", "privacy_data", "split", "frames", "skip", "size", "crop", "decoder", "anonymizer_weights",
@@ -451,11 +452,11 @@ def start_key(
     return _hash({k: v for k, v in _told(s).items() if k in START or (k == "method" and v in OWN_START)})
 
 # %% ../nbs/00_core.ipynb #c090
-def _rows(
+def read_rows(
     path,             # metrics.jsonl
-) -> list[dict]:      # its complete rows
+) -> list[dict]:      # its complete rows, none where there is no file
     "Rows of a file of JSON lines; what a kill cut in half is left out."
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1] if Path(path).exists() else []
     return [json.loads(line) for line in lines]
 
 # %% ../nbs/00_core.ipynb #h023
@@ -523,6 +524,7 @@ class RunFolder:
 
     def note_data(self, manifest: dict) -> None:
         "Write data.json; data that changed since the run began are refused."
+        self._refuse_if_done()
         manifest = json.loads(json.dumps(plain(manifest)))
         if (self/"data.json").exists() and (what := _changed(read_json(self/"data.json"), manifest)):
             raise UserError(f"{what} changed since {self.path.name} began; put it back, or delete the run's folder to run it anew")
@@ -539,7 +541,7 @@ class RunFolder:
 
     is_done = property(lambda self: (self/"DONE").is_file())
     results = property(lambda self: read_json(self/"results.json"))
-    def metrics(self) -> list[dict]: return _rows(self/"metrics.jsonl")
+    def metrics(self) -> list[dict]: return read_rows(self/"metrics.jsonl")
     def __truediv__(self, name): return self.path/name
     def __repr__(self): return f"RunFolder({str(self.path)!r}{', done' if self.is_done else ''})"
 

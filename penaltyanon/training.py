@@ -433,8 +433,9 @@ def pretrain_identity(
             with autocast(s, device): loss = (loss + l1_reconstruction(x, f_A.anonymize_clip(x))) / 2
         opt.zero_grad(); loss.backward(); opt.step(); rate.step()
         error = loss.item() if step == 1 else 0.9 * error + 0.1 * loss.item()
-        log({"stage": "identity", "step": step, "l1": loss.item()}); bar.set_postfix(L1=f"{error:.4f}")
+        bar.set_postfix(L1=f"{error:.4f}")
         check_finite({"l1": loss.item()}, step)
+        if step % s.log_every == 0: log({"stage": "identity", "step": step, "l1": loss.item()})
         if over := error < s.identity_target and step >= min(30, s.identity_steps): step = s.identity_steps
         keep_up(keep, "identity", step == s.identity_steps or bool(keep) and images.taken % images.per_epoch == 0,
             lambda: dict(parts=[part.state_dict() for part in (f_A, opt, rate)], error=error, step=step, images=images.taken, clips=clips.taken))
@@ -467,7 +468,7 @@ def warm_up(
             b = next_batch(clips, images, p.device)
             row = opponents_step(p, b.clip, b.views, b, s, method)
             for r in rates: r.step()
-            log({"stage": "warmup", "step": step, **row})
+            if step % s.log_every == 0: log({"stage": "warmup", "step": step, **row})
             bar.set_postfix(L_T=f"{row['loss_action_step2']:.2f}", L_B=f"{row['loss_privacy_step2']:.2f}")
             check_finite(row, step)
             keep_up(keep, "warmup", step == s.warmup_steps or bool(keep) and step % clips.per_epoch == 0, now)

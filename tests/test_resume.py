@@ -1,0 +1,236 @@
+"A run that is killed and started again is the run that was not: bit for bit, wherever it was killed."
+import errno, json, os, random, signal, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+import numpy as np, pytest, torch
+from safetensors.torch import load_file
+from penaltyanon import checkpoints, core, sweep, training
+from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
+from penaltyanon.checkpoints import Keeper, unpack
+from penaltyanon.core import RunFolder, UserError, read_json, read_rows, resolve, seed_everything, start_key
+from penaltyanon.datasets import ClipDataset, open_data
+from conftest import ROOT
+from test_training import CPU, Data
+
+NOTEBOOKS = [str(ROOT/"nbs"/f"{n}.ipynb") for n in sweep.STAGES]
+
+
+class Server:
+    "Attempts at a run, each in a process of its own."
+    def __init__(self, log):
+        self.log, here = log, Path(__file__).parent
+        self.process = subprocess.Popen([sys.executable, here/"attempts.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+
+    def start(self, s, root, die_at=None):
+        asked = dict(notebooks=NOTEBOOKS, parameters=sweep.run_parameters(s, root), log=str(self.log), die_at=die_at)
+        self.process.stdin.write(json.dumps(asked) + "\n"); self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def over(self): return int(self.process.stdout.readline())      # the status of the attempt: 0, or the signal
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = tmp_path_factory.mktemp("lab")
+    server = Server(lab/"log")
+    base = dict(action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data", B=0.3, save_minutes=0.0, log_every=1,
+                steps=8, identity_steps=8, warmup_steps=6, eval_action_epochs=2, eval_privacy_epochs=2, precision="fp32")
+    def cell(**more): return resolve("smoke", **(base | more))
+    sweep.prepare_data(cell())
+    yield lab, server, cell
+    server.process.stdin.close(); server.process.wait(20)
+
+
+def timeless(x):
+    "Results without what a clock says."
+    if isinstance(x, dict): return {k: timeless(v) for k, v in x.items() if k not in ("ms", "minutes", "date")}
+    return [timeless(v) for v in x] if isinstance(x, list) else x
+
+
+def whole(root, s):
+    "All that a finished run claims."
+    path = root/core.run_name(s)
+    assert (path/"DONE").exists()
+    start = (root/"_start"/f"{start_key(s)}.safetensors").read_bytes()
+    return dict(rows=timeless(read_rows(path/"metrics.jsonl")), results=timeless(read_json(path/"results.json")), start=start,
+                weights=load_file(path/"anonymizer.safetensors"), scores=dict(np.load(path/"predictions.npz")))
+
+
+def assert_same(a, b):
+    assert a["rows"] == b["rows"] and a["results"] == b["results"] and a["start"] == b["start"]
+    for part in ("weights", "scores"):
+        assert a[part].keys() == b[part].keys()
+        for k in a[part]: assert np.array_equal(np.asarray(a[part][k]), np.asarray(b[part][k])), k
+
+
+@pytest.fixture(scope="module")
+def straight(lab):
+    lab, server, cell = lab
+    server.start(cell(), lab/"straight")
+    assert server.over() == 0, server.log.read_text()[-2000:]
+    return whole(lab/"straight", cell())
+
+
+def stage_of(run, start):
+    "What the attempt is at, by the last row that it wrote."
+    row = next((r for rows in (run/"metrics.jsonl", start) for r in read_rows(rows)[-1:]), {})
+    return row.get("stage", ""), row.get("step", 0)
+
+
+STAGES = ["identity", "warmup", "minimax", "eval-action", "eval-privacy-images", "eval-privacy-frames"]
+
+
+def test_killed_at_twenty_moments(lab, straight):
+    "Every stage is hit, at random steps of it and a random moment after."
+    lab, server, cell = lab
+    s, root, draw, hit = cell(), lab/"killed", random.Random(0), Counter()
+    run, start = root/core.run_name(s), root/"_start"/f"{start_key(s)}.jsonl"
+    plan = [(stage, step) for stage, last in zip(STAGES, (7, 5, 7, 1, 1, 1)) for step in sorted(draw.sample(range(1, last + 1), min(6, last)))]
+    for stage, step in plan:
+        seen, deadline = ("", 0), time.time() + 120
+        pid = server.start(s, root)
+        while seen[0] != stage or seen[1] < step:
+            seen = stage_of(run, start)
+            assert time.time() < deadline and STAGES.index(seen[0] or "identity") <= STAGES.index(stage), f"{stage} was missed: {seen}"
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z": break
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        if server.over() == signal.SIGKILL: hit[stage] += 1
+        else: assert (run/"DONE").exists(), server.log.read_text()[-2000:]
+    if not (run/"DONE").exists():
+        server.start(s, root)
+        assert server.over() == 0, server.log.read_text()[-2000:]
+    assert_same(whole(root, s), straight)
+    assert sum(hit.values()) >= len(plan) - 3 and len(hit) == len(STAGES), hit
+    assert not (run/"checkpoints").exists() and read_json(run/"env.json")["resumed"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_while_a_file_is_written(lab, straight, seed):
+    lab, server, cell = lab
+    s, root, draw, died = cell(), lab/f"torn{seed}", random.Random(seed), 0
+    for _ in range(3):
+        server.start(s, root, die_at=draw.randint(10, 60))
+        died += server.over() == signal.SIGKILL
+        if (root/core.run_name(s)/"DONE").exists(): break
+    server.start(s, root)
+    assert (root/core.run_name(s)/"DONE").exists() or server.over() == 0, server.log.read_text()[-2000:]
+    assert died >= 2
+    assert_same(whole(root, s), straight)
+
+
+def test_workers_change_nothing(lab, straight):
+    lab, server, cell = lab
+    s = cell(workers=2)
+    server.start(s, lab/"workers")
+    assert server.over() == 0, server.log.read_text()[-2000:]
+    assert_same(whole(lab/"workers", s), straight)
+
+
+@pytest.mark.parametrize("change", ["vanished", "other bytes", "other label"])
+def test_data_that_changed_are_noticed(lab, change):
+    "A run that was interrupted goes on with its own data or not at all."
+    lab, server, cell = lab
+    s, root = cell(steps=13, seed=5), lab/"changed"
+    path = root/core.run_name(s)
+    if not path.exists():
+        server.start(s, root, die_at=60); assert server.over() == signal.SIGKILL
+    clip = sorted((lab/"data"/"UCF-101").rglob("*.avi"))[0]
+    labels = next(f for f in (lab/"data").iterdir() if f.suffix == ".csv")
+    file = labels if change == "other label" else clip
+    before = file.read_bytes()
+    try:
+        if change == "vanished": file.unlink()
+        elif change == "other bytes": file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        else: file.write_bytes(before.replace(b",0", b",1", 1))
+        server.log.write_text(""); server.start(s, root)
+        assert server.over() != 0
+        said = server.log.read_text().strip().splitlines()[-1]
+        assert (clip.name if file == clip else "labels") in said and "Error" in said, said
+    finally: file.write_bytes(before); os.utime(file)
+
+
+# ---- the game alone, in this process: what else can go wrong
+def player(s, seed=0):
+    seed_everything(seed)
+    return training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU)
+
+
+def play(box, p=None, steps=6, **changes):
+    s = resolve("smoke", precision="fp32", save_minutes=0.0, lr_anonymizer=1e-3, **changes)
+    p = p or player(s)
+    box.mkdir(exist_ok=True)
+    keep = Keeper(box/"train.ckpt", s)
+    training.minimax(p, training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
+    return torch.cat([q.detach().flatten() for q in p.f_A.parameters()])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory): return play(tmp_path_factory.mktemp("g")/"a")
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_a_disk_that_takes_no_more(tmp_path, monkeypatch, weights, kind, at):
+    "The error is one line, what was kept is whole, and with room again the game goes on from there."
+    calls, fsync = [], os.fsync
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == at: raise OSError(kind, os.strerror(kind))
+        fsync(fd)
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="cannot be written .*make room") as e: play(tmp_path/"k")
+    assert "\n" not in str(e.value) and not list((tmp_path/"k").glob(".*"))
+    kept = unpack(tmp_path/"k"/"train.ckpt")["stage"]
+    assert kept == ("begin" if at == 2 else "minimax")
+    assert torch.equal(play(tmp_path/"k", None if kept == "begin" else player(resolve("smoke"), seed=3)), weights)
+
+
+def test_a_damaged_checkpoint_costs_one_interval(tmp_path, weights, capsys):
+    play(tmp_path/"k", steps=4)
+    last = tmp_path/"k"/"train.ckpt"
+    data = bytearray(last.read_bytes()); data[len(data)//2] ^= 1; last.write_bytes(data)
+    assert torch.equal(play(tmp_path/"k", player(resolve("smoke"), seed=3)), weights)
+    assert "train.ckpt: damaged" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path):
+    with pytest.raises(UserError, match=r"loss_\w+ became (NaN|infinite) at step \d.*checkpoint"): play(tmp_path/"k", lr_action=1e30, lr_privacy=1e30)
+    for path in (tmp_path/"k").glob("train.ckpt*"):
+        parts = unpack(path)["state"].get("game", {})
+        assert all(v.isfinite().all() for net in ("f_A", "f_B") for v in parts.get(net, {}).values() if v.is_floating_point())
+
+
+def test_memory_that_runs_out_says_what_to_lower(tmp_path, monkeypatch, weights):
+    calls, step = [], training.anonymizer_step
+    def hungry(*args):
+        calls.append(1)
+        if len(calls) == 4: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(*args)
+    with monkeypatch.context() as m:
+        m.setattr(training, "anonymizer_step", hungry)
+        with pytest.raises(UserError, match="out of memory; lower batch_clips"): play(tmp_path/"k")
+    assert torch.equal(play(tmp_path/"k", player(resolve("smoke"), seed=3)), weights)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    play(tmp_path/"k", steps=1)
+    with pytest.raises(UserError, match=r"other settings \(B: 0.3 and 0.7\)"): play(tmp_path/"k", B=0.7)
+
+
+def test_a_clip_that_vanishes_during_an_epoch_is_named(lab):
+    lab, _, cell = lab
+    records = open_data(f"puppets:{lab}/data", 1).train
+    gone = core.Path(records[0].path).rename(records[0].path.with_suffix(".gone"))
+    try:
+        batches = training.endless(ClipDataset(records[:2], frames=4, size=16, train=True), 2, 0)
+        with pytest.raises(UserError, match=records[0].path.name): next(batches)
+    finally: gone.rename(records[0].path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path/"file").touch()
+    with pytest.raises(UserError, match="cannot be written"): RunFolder.create(tmp_path/"file", resolve("smoke"))
