@@ -172,7 +172,7 @@ class _Method:
     B: float = 0.3                 # RMS budget per clip in `units`, >= 0 or inf
     penalty: str = "hinge"         # hinge (Eq. 2) | constraint (lambda adapted until RMS <= B) | none
     lam: float = 1.0               # lambda of Eq. 3, >= 0; the starting value under `constraint`; 0 is SPAct's loss
-    units: str = "std"             # of RMS: std (ImageNet-standardized values) | pixel ([0, 1] values)
+    units: str = "std"             # of RMS: std (ImageNet-standardized values) | pixel ([0, 1] values) | motion (differences of frames, standardized)
     scope: str = "clip"            # RMS over each clip, then mean of the hinges | over the whole batch, as published
     triplet: float = 0.0           # tedspad: weight of the temporal triplet beside the cross-entropy of f_T, >= 0
     keep_rate: float = 1.0         # stprivacy: share of tokens that each sparsifier keeps, (0, 1]; 1 = no sparsifier
@@ -285,7 +285,7 @@ def check_type(
 TRAINED = ("penalty", "spact", "vita", "tedspad", "stprivacy")      # methods that train f_A (41_methods)
 CHOICES = dict(preset=("smoke", "demo", "mini", "paper"), backbone=("unetpp", "unet", "tokens"),
                method=(*TRAINED, "oracle", "raw", "downsample-2x", "downsample-4x", "blackening", "blur-strong", "blur-weak", "pixelate"),
-               penalty=("hinge", "constraint", "none"), units=("std", "pixel"), scope=("clip", "batch"),
+               penalty=("hinge", "constraint", "none"), units=("std", "pixel", "motion"), scope=("clip", "batch"),
                precision=("bf16", "fp32"))
 AT_LEAST = dict(split=1, frames=1, skip=1, size=8, decoder=1, epochs=1, batch_clips=1, batch_images=2, privacy_updates=1,
                 ensemble=1, log_every=1, devices=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1, eval_train_views=1)

@@ -22,23 +22,25 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # %% ../nbs/30_losses.ipynb #c006
 def unit_scale(
     x: Tensor, # frames or clips `(n, 3, ...)`; gives device, dtype and number of dimensions
-    units: str = "std", # "std": ImageNet-standardized units, "pixel": values in [0, 1]
+    units: str = "std", # "std" and "motion": ImageNet-standardized units, "pixel": values in [0, 1]
 ) -> Tensor: # divisor per channel, broadcastable over `x`
     "What one unit of change is, per colour channel, in values of [0, 1]."
     if units == "pixel": return torch.ones((), device=x.device, dtype=x.dtype)
-    if units != "std": raise UsageError(f"units={units!r}: use \"std\" or \"pixel\"")
+    if units not in ("std", "motion"): raise UsageError(f"units={units!r}: use \"std\", \"pixel\" or \"motion\"")
     return torch.tensor(IMAGENET_STD, device=x.device, dtype=x.dtype).view(3, *[1] * (x.ndim - 2))
 
 # %% ../nbs/30_losses.ipynb #c007
 def rms(
     x: Float[Tensor, "n 3 ..."], # clips or frames in [0, 1]
     y: Float[Tensor, "n 3 ..."], # the same, anonymized
-    units: str = "std", # "std" or "pixel"
+    units: str = "std", # "std", "pixel", or "motion": the change from each frame of a clip to the next
     eps: float = 1e-12, # inside the root: a finite gradient at x = y
 ) -> Float[Tensor, "n"]: # RMS change of each sample, in `units`
     "Root mean square change per sample (the norm of Eq. 4)."
     if x.shape != y.shape: raise UsageError(f"rms compares equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
-    change = ((x.float() - y.float()) / unit_scale(x.float(), units)).square()
+    change = (x.float() - y.float()) / unit_scale(x.float(), units)
+    if units == "motion" and x.ndim == 5: change = change.diff(dim=2)
+    change = change.square()
     return (reduce(change, "n ... -> n", "mean") + eps).sqrt()
 
 # %% ../nbs/30_losses.ipynb #c015
@@ -46,7 +48,7 @@ def rms_hinge(
     x: Float[Tensor, "n 3 ..."], # action clips in [0, 1]
     x_anon: Float[Tensor, "n 3 ..."], # their anonymized version, with gradient
     B: float, # bound on the RMS change, in `units`; inf switches the penalty off
-    units: str = "std", # "std" or "pixel"
+    units: str = "std", # "std", "pixel" or "motion"
     scope: str = "clip", # "clip": mean over clips of the hinge, "batch": hinge of one RMS over the batch
 ) -> Float[Tensor, ""]: # L_penalty >= 0
     "Penalty on the change of action clips beyond B (Eq. 4)."

@@ -25,6 +25,15 @@ def test_rms_is_the_root_mean_square_of_each_clip(seed, units):
 
 
 @few
+@given(seeds, st.integers(2, 5))
+def test_motion_sees_what_moves_and_nothing_else(seed, t):
+    x, y = pair(seed, t=t)
+    expected = [np.sqrt(((np.diff(a, axis=1) - np.diff(b, axis=1)) ** 2 / STD ** 2).mean()) for a, b in zip(x.double().numpy(), y.double().numpy())]
+    np.testing.assert_allclose(rms(x, y, "motion").numpy(), expected, rtol=1e-4)
+    assert rms(x, x + y[:, :, :1], "motion").max() < 1e-5, "redrawn alike in every frame"
+
+
+@few
 @given(seeds)
 def test_rms_is_symmetric_and_obeys_the_triangle_inequality(seed):
     (x, y), (z, _) = pair(seed), pair(seed + 1)
@@ -42,7 +51,7 @@ def test_the_hinge_falls_with_B_and_vanishes_above_the_largest_change(seed, B, m
 
 
 @few
-@given(seeds, st.sampled_from(["clip", "batch"]), st.sampled_from(["std", "pixel"]))
+@given(seeds, st.sampled_from(["clip", "batch"]), st.sampled_from(["std", "pixel", "motion"]))
 def test_the_gradient_of_the_hinge(seed, scope, units):
     "Nonzero above B, zero below, finite at the identity: the published penalty had none at all."
     x, y = pair(seed)
