@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'Normalize', 'UNetPP', 'check_frames', 'any_size', 'mix', 'double_conv', 'UNet', 'freeze_batchnorm',
-           'anonymize_clip', 'Identity', 'save_anonymizer', 'load_anonymizer']
+           'anonymize_clip', 'Identity', 'content_hash', 'save_anonymizer', 'load_anonymizer']
 
 # %% ../nbs/20_anonymizers.ipynb #c002
+import hashlib
 import json
 from pathlib import Path
 import torch
@@ -141,6 +142,19 @@ class Identity(nn.Module):
 # %% ../nbs/20_anonymizers.ipynb #c031
 ARCHITECTURES = {"UNetPP": UNetPP, "UNet": UNet, "Identity": Identity}
 
+# %% ../nbs/20_anonymizers.ipynb #h070
+def content_hash(
+    made: dict, # architecture and config
+    weights: dict, # name -> tensor on the CPU
+) -> str: # 64 hexadecimal digits
+    "SHA-256 over what makes a network: its class, its arguments, and every weight by name, type, shape and bytes."
+    h = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+    for k in sorted(weights):
+        v = weights[k].contiguous()
+        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        h.update(v.flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
 # %% ../nbs/20_anonymizers.ipynb #c032
 def save_anonymizer(
     path, # target, *.safetensors; a readable card is written beside it as *.json
@@ -149,8 +163,8 @@ def save_anonymizer(
 ) -> Path: # the path
     "Write weights and card, atomically."
     made = {"architecture": type(f_A).__name__, "config": f_A.config}
-    path, card = Path(path), {**made, **card, **made}     # first in the card, and of this network
     weights = {k: v.detach().cpu().contiguous() for k, v in f_A.state_dict().items()}
+    path, card = Path(path), {**made, **card, **made, "content_sha256": content_hash(made, weights)}     # first in the card, and of this network
     atomic_write(path.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
     atomic_write(path, save(weights, metadata={"card": json.dumps(card)}))
     return path
@@ -166,6 +180,8 @@ def load_anonymizer(
         with safe_open(path, "pt") as f: card, weights = json.loads((f.metadata() or {})["card"]), {k: f.get_tensor(k) for k in f.keys()}
         if card["architecture"] not in ARCHITECTURES:
             raise UserError(f"{path}: an anonymizer of the architecture {card['architecture']!r}; this one knows {', '.join(ARCHITECTURES)}")
+        if card.get("content_sha256", "") not in ("", content_hash({k: card[k] for k in ("architecture", "config")}, weights)):
+            raise UserError(f"{path}: its weights or its settings are not those that its card was written for (wrong hash); fetch the file again")
         f_A = ARCHITECTURES[card["architecture"]](**card["config"])
         f_A.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as e:
