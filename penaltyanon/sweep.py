@@ -60,9 +60,9 @@ def grid(
 
 # %% ../nbs/70_sweep.ipynb #c015
 def label(s: Settings) -> str:
-    "`raw`, `oracle`, `λ = 0`, `B = 0.3` or `B = 0.3 motion`"
+    "`raw`, `oracle`, `λ = 0`, `B = 0.3` or `motion B = 0.3`"
     if s.method != "penalty": return s.method
-    return "λ = 0" if s.lam == 0 or s.penalty == "none" else f"B = {s.B:g}{' motion' * (s.units == 'motion')}"
+    return "λ = 0" if s.lam == 0 or s.penalty == "none" else f"{'motion ' * (s.units == 'motion')}B = {s.B:g}"
 
 # %% ../nbs/70_sweep.ipynb #c018
 PUPPETS = {"smoke": dict(train=32, test=16, images=(40, 24))}   # the other presets: the defaults of `write_puppets`
