@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 
            'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
            'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
            'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
-           'differences', 'start_key', 'read_rows', 'RunFolder', 'finished_runs']
+           'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -481,6 +481,31 @@ def _changed(
         return next((f"{new[part]['root']}: {n}" for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)), f"{new[part]['root']}: its labels")
     return ""
 
+# %% ../nbs/00_core.ipynb #h028
+_HELD = {}
+
+def hold(
+    path,                  # of the lock file
+    wait_s: float = 60.,   # how long another process may take to let go, seconds
+) -> None:
+    "Be the only process that works there, until `let_go` or the end of this process."
+    from filelock import FileLock, Timeout
+    path = Path(path).absolute()
+    if path in _HELD: return
+    lock = FileLock(path)
+    try: path.parent.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=wait_s)
+    except Timeout: raise UserError(f"{path.stem}: another process works on this run; wait for it, or `penaltyanon cancel {path.parent.parent}`") from None
+    except OSError as e: raise UserError(f"{path.parent}: cannot be written ({e.strerror or e}); choose another folder or make room") from e
+    _HELD[path] = lock
+
+# %% ../nbs/00_core.ipynb #h029
+def let_go(
+    path,   # of the lock file
+) -> None:
+    "Release what `hold` took."
+    lock = _HELD.pop(Path(path).absolute(), None)
+    if lock: lock.release()
+
 # %% ../nbs/00_core.ipynb #c091
 class RunFolder:
     "One run on disk: parameters, environment, metrics, results, and DONE last."
@@ -500,6 +525,7 @@ class RunFolder:
         if (run/"params.yaml").exists() and settings_hash(cls.open(run.path).settings) != settings_hash(settings):
             raise UserError(f"{run.path}: holds a run of other parameters ({differences(cls.open(run.path).settings, settings)}); delete it or choose another folder")
         if run.is_done: return run
+        hold(run._lock)
         write_yaml(run/"params.yaml", settings_dict(settings))
         env = capture_env(settings.device)
         write_json(run/"env.json", _told_env(run/"env.json", env) if resume else env)
@@ -535,10 +561,12 @@ class RunFolder:
         self._refuse_if_done()
         write_json(self/"results.json", results)
         atomic_write(self/"DONE", datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
+        let_go(self._lock)
 
     def _refuse_if_done(self):
         if self.is_done: raise UserError(f"{self.path}: this run is finished; delete the folder to run it again")
 
+    _lock = property(lambda self: self.path.parent/"_jobs"/f"{self.path.name}.writing.lock")
     is_done = property(lambda self: (self/"DONE").is_file())
     results = property(lambda self: read_json(self/"results.json"))
     def metrics(self) -> list[dict]: return read_rows(self/"metrics.jsonl")

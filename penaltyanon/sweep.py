@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'OTHERS', 'PUPPETS', 'NAMED', 'LENGTHS', 'STAGES', 'is_generated', 'grid', 'label', 'prepare_worlds',
            'prepare_data', 'run_parameters', 'find_notebook', 'notebook_parameters', 'check_parameters', 'has_started',
-           'last_words', 'tidy', 'follow', 'run_notebook', 'make_once', 'Job', 'last_row', 'look', 'eta',
-           'attacks_left', 'work', 'Board', 'run_jobs', 'raise_failed']
+           'last_words', 'tidy', 'follow', 'run_notebook', 'make_once', 'Job', 'note', 'clock_of', 'tell', 'claim',
+           'last_row', 'look', 'eta', 'attacks_left', 'work', 'visible_gpus', 'is_over', 'Board', 'jobs_of', 'run_jobs',
+           'raise_failed']
 
 # %% ../nbs/70_sweep.ipynb #c002
-import ast, importlib.util, json, os, re, signal, subprocess, sys, time
+import ast, ctypes, functools, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,14 +142,18 @@ def has_started(
     return any(c["cell_type"] == "code" and c["metadata"].get("papermill", {}).get("status") == "completed" for c in cells)
 
 # %% ../nbs/70_sweep.ipynb #c036
-def _launch(source, output, parameters, log, threads):
+def _die_with_parent():
+    "On Linux: when a sweep is killed, so is what it started"
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+def _launch(source, output, parameters, log, threads, more):
     "Start papermill on one notebook; parameters by file, because `-p` makes strings of numbers"
     write_yaml(log.with_suffix(".yaml"), parameters)
     names = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS".split()
-    env = {**os.environ, **{n: str(threads) for n in names if threads}}
+    env = {**os.environ, **{n: str(threads) for n in names if threads}, **more}
     command = [sys.executable, "-m", "papermill", source, output, "-f", log.with_suffix(".yaml"), "--no-progress-bar", "--autosave-cell-every", "30"]
     with open(log, "w") as f:
-        return subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_parent)
 
 # %% ../nbs/70_sweep.ipynb #c038
 def _stop(process):
@@ -190,6 +195,19 @@ def tidy(
         if "outputs" in cell: cell["outputs"] = joined
     write_json(path, nb)
 
+# %% ../nbs/70_sweep.ipynb #h700
+def _put_aside(
+    output: Path,   # an executed notebook, maybe of an attempt that failed
+    log: Path,      # what papermill printed then
+):
+    "Earlier attempts go to `attempts/`, numbered; the place itself is for the last one"
+    if not output.exists(): return
+    folder = output.parent/"attempts"
+    folder.mkdir(exist_ok=True)
+    k = 1 + max([int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{output.stem}-*.ipynb")], default=0)
+    if log.exists(): os.replace(log, folder/f"{output.stem}-{k}.log")
+    os.replace(output, folder/f"{output.stem}-{k}.ipynb")
+
 # %% ../nbs/70_sweep.ipynb #c044
 def follow(
     name: str | Path,        # notebook, as in `find_notebook`
@@ -198,6 +216,8 @@ def follow(
     threads: int = 1,        # OMP_NUM_THREADS of the process; 0 leaves it alone
     start_s: float = 180.,   # seconds a notebook may take to get through its first code cell
     tries: int = 2,          # a notebook that does not get going, or whose kernel dies at birth, is started once more
+    attempts: bool = False,  # keep the notebook of an earlier attempt in `attempts/`
+    env: dict = {},          # environment variables of the process, beside those that are there
 ):
     "Run a notebook by papermill: yields while it works, raises `UserError` with its last words when it fails"
     source, output = find_notebook(name), Path(output)
@@ -206,8 +226,9 @@ def follow(
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")
     for left in reversed(range(tries)):
+        if attempts: _put_aside(output, log)
         output.unlink(missing_ok=True)
-        process, began, started = _launch(source, output, parameters, log, threads), time.monotonic(), False
+        process, began, started = _launch(source, output, parameters, log, threads, env), time.monotonic(), False
         try:
             while process.poll() is None and (started or time.monotonic() - began < start_s):
                 yield
@@ -254,11 +275,53 @@ class Job:
     began: float = 0.        # when the job, and
     since: tuple = (0., 0)   # when and at which step its stage, was first seen
     reason: str = ""         # why it failed
+    tries: int = 0           # how often it was started by this sweep
+    gpu: str = ""            # the one it has, as CUDA_VISIBLE_DEVICES names it
     protocol: str = ""       # whose attacks follow the run, a key of protocols.PROTOCOLS
     tests: tuple = ()        # which of them; () = all
     data: dict = field(default_factory=dict)   # its data sets, of protocols.data_of
-    @property
+    @functools.cached_property
     def path(self): return Path(self.root)/run_name(self.settings)
+    @functools.cached_property
+    def lock(self):
+        from filelock import FileLock
+        return FileLock(note(self, ".lock"))
+
+# %% ../nbs/70_sweep.ipynb #h701
+def note(
+    job: Job,
+    suffix: str = ".json",   # .json: its record, .lock: who has it, .cancel: it is not wanted any more
+) -> Path:
+    "A file of a job in `_jobs/`"
+    return Path(job.root)/"_jobs"/f"{job.path.name}{suffix}"
+
+# %% ../nbs/70_sweep.ipynb #h702
+def clock_of(
+    pid: int,
+) -> str:     # when it was started, in the system's own count; "" when there is no such process
+    "What tells a process from a later one of the same number"
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError): return ""
+
+# %% ../nbs/70_sweep.ipynb #h703
+def tell(
+    job: Job,
+    **more,   # of clusters: slurm=ID
+):
+    "Write a job's record"
+    write_json(note(job), dict(run=job.path.name, state=job.state, reason=job.reason, tries=job.tries, time=time.time(),
+               host=socket.gethostname(), pid=os.getpid(), clock=clock_of(os.getpid()), **more))
+
+# %% ../nbs/70_sweep.ipynb #h704
+def claim(
+    job: Job,
+) -> bool:   # False while another sweep has it
+    "Take a job, if nobody has it"
+    from filelock import Timeout
+    try: note(job).parent.mkdir(parents=True, exist_ok=True); job.lock.acquire(blocking=False)
+    except Timeout: return False
+    except OSError as e: raise UserError(f"{note(job).parent}: cannot be written ({e.strerror or e}); choose another folder with --out or make room") from e
+    return True
 
 # %% ../nbs/70_sweep.ipynb #c057
 def last_row(
@@ -316,21 +379,44 @@ def work(
     notebooks: tuple = STAGES,   # run in this order, with the same parameters
 ):
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `follow`"
+    how = dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
     for name in notebooks if not (job.path/"DONE").exists() else ():
         if name == STAGES[0] and (job.path/"anonymizer.safetensors").exists(): continue
-        yield from follow(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", threads=threads)
+        yield from follow(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", **how)
     if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
     if left := attacks_left(job):
         asked = dict(run=str(job.path), protocol=job.protocol, tests=[a.name for a in left], data=job.data)
-        yield from follow("runs/attack", asked, job.path/"tests"/f"{job.protocol}.ipynb", threads=threads)
+        yield from follow("runs/attack", asked, job.path/"tests"/f"{job.protocol}.ipynb", **how)
+
+# %% ../nbs/70_sweep.ipynb #h706
+def visible_gpus() -> tuple[str, ...]:   # as CUDA_VISIBLE_DEVICES names them
+    "The GPUs of this machine that this process may use, without loading PyTorch"
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return tuple(g for g in named.split(",") if g and g != "-1")
+    return tuple(str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
 
 # %% ../nbs/70_sweep.ipynb #c066
-def _advance(job, steps):
+def _begin(job, gpus, unit):
+    "Start a job that was claimed, unless another sweep finished it meanwhile"
+    job.tries, job.began, job.reason = job.tries + 1, job.began or time.time(), ""
+    if is_over(job): job.state = "kept"; return None
+    note(job, ".cancel").unlink(missing_ok=True) if job.tries == 1 else None
+    job.state, job.gpu = "running", gpus.pop() if gpus else ""
+    return unit(job)
+
+# %% ../nbs/70_sweep.ipynb #h707
+def is_over(job: Job) -> bool:
+    "Is there nothing left to do?"
+    return (job.path/"DONE").exists() and not attacks_left(job)
+
+def _advance(job, steps, retries):
     "Let a job go on; whatever goes wrong concerns this job alone"
-    try: next(steps); look(job)
+    try:
+        if note(job, ".cancel").exists(): steps.close(); raise UserError("cancelled")
+        next(steps); look(job)
     except StopIteration: job.state = "done"
-    except UserError as e: job.state, job.reason = "failed", str(e)
-    except Exception as e: job.state, job.reason = "failed", f"{type(e).__name__}: {e}"
+    except Exception as e:
+        job.reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        job.state = "waiting" if job.tries <= retries and job.reason != "cancelled" else "failed"
 
 # %% ../nbs/70_sweep.ipynb #c068
 class Board:
@@ -351,6 +437,7 @@ class Board:
     def draw(self):
         "Redraw, and say what changed"
         for job, id in zip(self.todo, self.ids):
+            if job.state == self.seen.get(id, "waiting") != "running": continue
             whole = {"done": 1, "kept": 1}.get(job.state, job.step/job.total if job.total else 0)
             self.bars.update(id, completed=100*whole, visible=job.state in ("running", "failed", "done"), **self.line(job))
             if self.seen.get(id, "waiting") != job.state: self.say(job)
@@ -362,34 +449,60 @@ class Board:
         note = {"done": f"done in {(time.time() - job.began)/60:.1f} min", "kept": "kept, it was DONE before", "failed": f"failed: {job.reason}"}.get(job.state, job.state)
         if job.state != "running" or not self.console.is_terminal: self.console.print(f"[{over}/{len(self.todo)}] {job.path.name} {note}", markup=False, highlight=False, soft_wrap=True)
 
+# %% ../nbs/70_sweep.ipynb #h708
+def jobs_of(
+    settings: list[Settings],    # from `grid`
+    root: str | Path,            # the sweep's folder
+    notebooks: tuple = STAGES,   # whose parameters are checked before anything starts
+    **attacks,                   # protocol, tests, data of each `Job`
+) -> list[Job]:                  # each cell once; what is finished is `kept`
+    "The cells of a grid as jobs"
+    for name in notebooks: check_parameters(find_notebook(name), run_parameters(settings[0], root))
+    todo = [Job(s, Path(root), **attacks) for s in {run_name(s): s for s in settings}.values()]
+    for job in todo:
+        if is_over(job): job.state = "kept"
+    return todo
+
+# %% ../nbs/70_sweep.ipynb #h709
+def _end(job, running, gpus):
+    "A job is over for now: end its process, give back its GPU, its record, its lock"
+    running.pop(job.path).close()
+    if job.gpu: gpus.append(job.gpu); job.gpu = ""
+    tell(job)
+    job.lock.release()
+
 # %% ../nbs/70_sweep.ipynb #c069
 def run_jobs(
     settings: list[Settings],    # from `grid`
     root: str | Path,            # the sweep's folder
-    jobs: int = 2,               # how many at once
+    jobs: int = 2,               # how many at once; with GPUs at most one on each
     threads: int = 1,            # OMP_NUM_THREADS of each
     notebooks: tuple = STAGES,
     poll_s: float = 0.5,         # seconds between looks
+    retries: int = 0,            # how often a job that failed is started again
+    gpus: tuple | None = None,   # names for CUDA_VISIBLE_DEVICES; None: those of this machine
+    unit=None,                   # Job -> generator that works on it; None: `work`
     **attacks,                   # protocol, tests, data of each `Job`: the attacks that follow a run
 ) -> list[Job]:                  # all of them, with state and reason
     "Run what is not DONE, `jobs` at a time"
-    for name in notebooks: check_parameters(find_notebook(name), run_parameters(settings[0], root))
-    todo = [Job(s, Path(root), **attacks) for s in {run_name(s): s for s in settings}.values()]
-    for job in todo:
-        if (job.path/"DONE").exists() and not attacks_left(job): job.state = "kept"
-    running, board = {}, Board(todo)
+    unit = unit or functools.partial(work, threads=threads, notebooks=notebooks)
+    todo, running = jobs_of(settings, root, notebooks, **attacks), {}
+    free = list(visible_gpus() if gpus is None else gpus)[::-1]
+    slots, board = min(jobs, len(free)) if free else jobs, Board(todo)
     try:
         with board.bars:
-            while any(j.state in ("waiting", "running") for j in todo):
-                free = jobs - sum(j.state == "running" for j in todo)
-                for job in [j for j in todo if j.state == "waiting"][:free]:
-                    job.state, job.began, running[job.path] = "running", time.time(), work(job, threads, notebooks)
-                for job in todo:
-                    if job.state == "running": _advance(job, running[job.path])
+            while open_jobs := [j for j in todo if j.state in ("waiting", "running")]:
+                for job in open_jobs:
+                    if job.state == "waiting" and len(running) < slots and claim(job):
+                        if steps := _begin(job, free, unit): running[job.path] = steps; tell(job)
+                        else: job.lock.release()
+                for job in [j for j in open_jobs if j.path in running]:
+                    _advance(job, running[job.path], retries)
+                    if job.state != "running": _end(job, running, free)
                 board.draw(); time.sleep(poll_s)
             board.draw()
     finally:
-        for steps in running.values(): steps.close()
+        for job in [j for j in todo if j.path in running]: job.state, job.reason = "waiting", "stopped"; _end(job, running, free)
     return todo
 
 # %% ../nbs/70_sweep.ipynb #c070

@@ -123,9 +123,9 @@ def test_threads_of_a_job_are_what_was_asked(tmp_path):
 def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, deaths, ends):
     "Two kernels that start at the same moment can take the same port; one of them dies."
     started, launch = [], sweep._launch
-    def clash(source, output, parameters, log, threads):
+    def clash(source, output, parameters, log, threads, more):
         started.append(output)
-        if len(started) > deaths: return launch(source, output, parameters, log, threads)
+        if len(started) > deaths: return launch(source, output, parameters, log, threads, more)
         log.write_text("RuntimeError: Kernel died before replying to kernel_info\n")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
     monkeypatch.setattr(sweep, "_launch", clash)
