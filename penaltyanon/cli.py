@@ -7,13 +7,14 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Anonymize people in video so that their actions stay recognizable, and measure both.")
-MANY = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set")   # options that take several values
+MANY = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--run")   # options that take several values
 OWN = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")
 EXTRAS = dict(train="torch torchvision segmentation_models_pytorch pytorchvideo safetensors sklearn pandas matplotlib seaborn tensorboard filelock",
-              edge="onnxruntime", export="onnx onnxscript", detect="cv2", run="papermill nbconvert nbformat ipykernel")   # who brings which module
+              edge="onnxruntime", export="onnx onnxscript", detect="cv2", run="papermill nbconvert nbformat ipykernel submitit")   # who brings which module
 
 Bounds = Annotated[list[float], typer.Option("--B", help="bounds of the penalty: --B 0.3 0.5, or --B 0.3,0.5")]
 Jobs = Annotated[int, typer.Option(min=1, help="runs at a time")]
+Retries = Annotated[int, typer.Option(min=0, help="how often a run that failed is started again; it goes on from its checkpoint")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of each run; 0: the library's choice")]
 PAPER_B = [0.3, 0.5, 0.7, 0.9]
 
@@ -28,27 +29,33 @@ def spread(argv: list[str]) -> list[str]:
             name, given, arg = option, False, value
             if not value: continue
         elif arg.startswith("-") and not arg[1:2].isdigit() and not arg[1:2] == ".": out, name, given = out + ([] if given else [name]), "", True
-        parts = [arg] if name in ("", "--set", "--data-set") else [p for p in arg.split(",") if p]
+        parts = [arg] if name in ("", "--set", "--data-set", "--slurm", "--run") else [p for p in arg.split(",") if p]
         out += [a for p in parts for a in ([name, p] if name else [p])]
         given = True
     return out if given else out + [name]
 
 
-def assignments(pairs: list[str]) -> dict:
+def assignments(pairs: list[str], option: str = "--set") -> dict:
     "`key=value` settings; values as YAML reads them"
     import yaml
     from penaltyanon.core import UsageError
     for p in pairs:
-        if "=" not in p: raise UsageError(f"--set {p}: write key=value, e.g. --set steps=500")
-        if (name := p.partition("=")[0]) in OWN: raise UsageError(f"--set {p}: has an option of its own, {OWN[name]}")
+        if "=" not in p: raise UsageError(f"{option} {p}: write key=value, e.g. {dict([('--slurm', 'partition=gpu')]).get(option, 'steps=500')}")
+        if option == "--set" and (name := p.partition("=")[0]) in OWN: raise UsageError(f"--set {p}: has an option of its own, {OWN[name]}")
     return {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in pairs)}
 
 
-def run_grid(cells: list, out: Path, jobs: int, threads: int, **attacks) -> list:
-    "Data first, then the jobs"
-    from penaltyanon.sweep import prepare_data, run_jobs
+def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "local", gpus: int | None = None, slurm: list[str] = [], wait: bool = True, **more) -> list:
+    "Data first, then the jobs, here or through a scheduler"
+    from penaltyanon.core import UsageError
+    from penaltyanon.sweep import prepare_data, run_jobs, visible_gpus
+    if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
+    if slurm and cluster != "slurm": raise UsageError("--slurm: is for --cluster slurm")
+    options = assignments(slurm, "--slurm")
     prepare_data(cells[0])
-    return run_jobs(cells, out, jobs=jobs, threads=threads, **attacks)
+    if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], **more)
+    from penaltyanon.cluster import run_on
+    return run_on(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
 
 
 def plan(protocol: str, preset: str, world: str, root: Path, own: list[str], tests: list[str]) -> tuple[dict, dict]:
@@ -86,7 +93,7 @@ def demo(
     "The main job on generated data: puppets, controls, every B, figures, report.html."
     from penaltyanon.sweep import grid, raise_failed
     cells = grid(preset, B=B, seeds=range(seeds), action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
-    todo = run_grid(cells, out, jobs, threads)
+    todo = run_grid(cells, out, jobs, threads, retries=1)
     if any(j.state in ("done", "kept") for j in todo):
         from penaltyanon.report import write_report
         page = write_report(out, jobs=jobs)
@@ -114,7 +121,12 @@ def sweep(
     data_set: Annotated[list[str], typer.Option(help="a data set of the protocol that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
     tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default runs/PRESET")] = None,
-    jobs: Jobs = 2, threads: Threads = 1,
+    jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
+    cluster: Annotated[str, typer.Option(help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
+    gpus: Annotated[int | None, typer.Option(min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
+    slurm: Annotated[list[str], typer.Option(help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
     from penaltyanon.sweep import grid, raise_failed
@@ -122,12 +134,45 @@ def sweep(
     table, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
     axes = table | {k: v for k, v in axes.items() if k not in table or (v and v != PAPER_B)}   # what the user says wins
-    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | assignments(set_))
+    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
     out = out or Path("runs")/preset
-    todo = run_grid(cells, out, jobs, threads, **attacks)
+    todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, retries=retries, **attacks)
+    if cluster == "slurm" and not wait: return print(f"submitted: {sum(j.state == 'waiting' for j in todo)} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
     if any(j.state in ("done", "kept") for j in todo): show_table(out)
     raise_failed(todo)
     print(f"runs: {out}   next: penaltyanon report {out}")
+
+
+@app.command()
+def status(
+    runs: Annotated[Path, typer.Argument(help="folder of a sweep")],
+    watch: Annotated[bool, typer.Option("--watch", help="look again every few seconds until nothing runs")] = False,
+):
+    "What every run of a folder is doing: state, step, time left, last loss."
+    import time
+    from rich.console import Console
+    from rich.live import Live
+    from penaltyanon.status import jobs_in, status_table
+    console, jobs = Console(width=None if sys.stdout.isatty() else 170), jobs_in(runs)
+    if not watch: return console.print(status_table(jobs))
+    with Live(status_table(jobs), console=console) as live:
+        while any(j.state in ("running", "queued") for j in jobs):
+            time.sleep(5)
+            seen = {j.path.name: j for j in jobs}
+            jobs = jobs_in(runs)
+            for j in jobs:
+                if (old := seen.get(j.path.name)) and old.stage == j.stage: j.since = old.since
+            live.update(status_table(jobs))
+
+
+@app.command()
+def cancel(
+    runs: Annotated[Path, typer.Argument(help="folder of a sweep")],
+    run: Annotated[list[str], typer.Option(help="only these runs (or the beginning of a name); else all, and the sweep itself")] = [],
+):
+    "End runs that are running or queued; their checkpoints stay, and a sweep takes them up again."
+    from penaltyanon.status import cancel
+    print("\n".join(cancel(runs, tuple(run))) or f"{runs}: nothing is running or queued")
 
 
 @app.command()
@@ -149,7 +194,7 @@ def attack(
     data: Annotated[Path, typer.Option(help="folder that holds its data sets")] = Path("data"),
     data_set: Annotated[list[str], typer.Option(help="a data set that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
     tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
-    jobs: Jobs = 2, threads: Threads = 1,
+    jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
 ):
     "A protocol's attackers against every finished run of a folder; answers that are there are kept."
     from penaltyanon.core import UserError, finished_runs
@@ -157,7 +202,7 @@ def attack(
     cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
     if not cells: raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
     _, attacks = plan(protocol, cells[0].preset, world, data, data_set, tests)
-    todo = run_jobs(cells, runs, jobs, threads, **attacks)
+    todo = run_jobs(cells, runs, jobs, threads, retries=retries, **attacks)
     raise_failed(todo)
     print(f"answers: {runs}/*/tests   next: penaltyanon report {runs}")
 
