@@ -126,7 +126,8 @@ def judge(
     elif time.time() - gone.setdefault(job.path, time.time()) > grace_s:
         told = read_json(note(job)) if note(job).exists() else {}
         job.state, job.reason = "failed", told.get("reason") or f"left the queue without DONE; see {Path(job.root)/'_jobs'/'slurm'}"
-    return look(job) if job.state == "running" else job
+    if job.state == "running": job.began = job.began or time.time(); look(job)
+    return job
 
 # %% ../nbs/71_cluster.ipynb #c018
 def run_on(

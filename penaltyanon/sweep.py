@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'OTHERS', 'PUPPETS', 'NAMED', 'LENGTHS', 'STAGES', 'is_generated', 'grid', 'label', 'prepare_worlds',
            'prepare_data', 'run_parameters', 'find_notebook', 'notebook_parameters', 'check_parameters', 'has_started',
-           'last_words', 'tidy', 'follow', 'run_notebook', 'make_once', 'Job', 'note', 'clock_of', 'tell', 'claim',
-           'last_row', 'look', 'eta', 'attacks_left', 'work', 'visible_gpus', 'is_over', 'Board', 'jobs_of', 'run_jobs',
-           'raise_failed']
+           'attend', 'last_words', 'tidy', 'follow', 'run_notebook', 'make_once', 'Job', 'note', 'clock_of', 'tell',
+           'claim', 'last_row', 'look', 'eta', 'attacks_left', 'work', 'visible_gpus', 'is_over', 'Board', 'jobs_of',
+           'run_jobs', 'raise_failed']
 
 # %% ../nbs/70_sweep.ipynb #c002
 import ast, ctypes, functools, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, time
@@ -164,6 +164,21 @@ def _stop(process):
         try: process.wait(5)
         except subprocess.TimeoutExpired: pass
 
+# %% ../nbs/70_sweep.ipynb #h711
+def attend(
+    process,                 # Popen with a session of its own
+    has_begun,               # () -> is it past its start?
+    start_s: float,          # seconds it may take to get there
+):   # generator; its value: did it hang?
+    "Yield while a process works; end one that does not get going, or that nobody waits for any more"
+    since, begun = time.monotonic(), False
+    try:
+        while process.poll() is None and (begun or time.monotonic() - since < start_s):
+            yield
+            begun = begun or has_begun()
+        return process.poll() is None
+    finally: _stop(process)
+
 # %% ../nbs/70_sweep.ipynb #c039
 def last_words(
     log: Path,   # what papermill printed
@@ -228,15 +243,11 @@ def follow(
     for left in reversed(range(tries)):
         if attempts: _put_aside(output, log)
         output.unlink(missing_ok=True)
-        process, began, started = _launch(source, output, parameters, log, threads, env), time.monotonic(), False
-        try:
-            while process.poll() is None and (started or time.monotonic() - began < start_s):
-                yield
-                started = started or has_started(output)
-        finally: _stop(process)
+        process = _launch(source, output, parameters, log, threads, env)
+        hung = yield from attend(process, lambda: has_started(output), start_s)
         if process.returncode == 0: break
         lost = "Kernel died before replying" in (words := last_words(log))   # two kernels took the same port
-        if not lost and (started or time.monotonic() - began < start_s): raise UserError(f"{source.name}: {words} (see {log})")
+        if not lost and not hung: raise UserError(f"{source.name}: {words} (see {log})")
         if not left: raise UserError(f"{source.name} {words if lost else f'did not get through its first cell in {start_s:g} s'}, {tries} times (see {log})")
     tidy(output)
     for f in (log, log.with_suffix(".yaml")): f.unlink(missing_ok=True)
@@ -446,7 +457,7 @@ class Board:
     def say(self, job):
         "One line on a change of state"
         over = sum(j.state in ("done", "kept", "failed") for j in self.todo)
-        note = {"done": f"done in {(time.time() - job.began)/60:.1f} min", "kept": "kept, it was DONE before", "failed": f"failed: {job.reason}"}.get(job.state, job.state)
+        note = {"done": f"done in {(time.time() - job.began)/60:.1f} min" if job.began else "done", "kept": "kept, it was DONE before", "failed": f"failed: {job.reason}", "waiting": f"to be started again: {job.reason}"}.get(job.state, job.state)
         if job.state != "running" or not self.console.is_terminal: self.console.print(f"[{over}/{len(self.todo)}] {job.path.name} {note}", markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_sweep.ipynb #h708

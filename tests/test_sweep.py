@@ -133,3 +133,80 @@ def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, dea
     if ends == "well": assert sweep.run_notebook(book, {"x": 2}, out).exists() and len(started) == 2
     else:
         with pytest.raises(UserError, match="Kernel died before replying to kernel_info, 2 times"): sweep.run_notebook(book, {"x": 2}, out)
+
+
+# ---- retries, locks, GPUs, cancelling
+def units(plan):
+    "A unit of work that ends as planned: one entry for each attempt, None = done"
+    def unit(job):
+        yield
+        if (reason := plan.pop(0)): raise UserError(reason)
+        (job.path/"DONE").parent.mkdir(parents=True, exist_ok=True); (job.path/"DONE").touch()
+    return unit
+
+
+@pytest.mark.parametrize("retries, plan, state, tries", [(0, ["x"], "failed", 1), (1, ["x", None], "done", 2), (2, ["x", "y", "z"], "failed", 3), (5, [None], "done", 1)])
+def test_a_failed_job_is_tried_as_often_as_asked(tmp_path, retries, plan, state, tries):
+    cell, = sweep.grid("smoke", methods=("raw",))
+    job, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=units(plan), retries=retries, poll_s=0.01)
+    assert (job.state, job.tries) == (state, tries) and not plan
+    assert read_json(sweep.note(job))["state"] == state and read_json(sweep.note(job))["tries"] == tries
+
+
+def test_each_job_has_a_gpu_of_its_own(tmp_path):
+    at_work, most = [], []
+    def unit(job):
+        assert job.gpu in ("0", "2") and job.gpu not in at_work
+        at_work.append(job.gpu); most.append(len(at_work))
+        yield; yield
+        at_work.remove(job.gpu)
+        job.path.mkdir(parents=True); (job.path/"DONE").touch()
+    cells = sweep.grid("smoke", methods=("raw",), seeds=range(6))
+    assert {j.state for j in sweep.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), poll_s=0.01)} == {"done"}
+    assert max(most) == 2
+
+
+def test_gpus_are_what_the_environment_says(monkeypatch):
+    for said, found in (("0,3", ("0", "3")), ("", ()), ("-1", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+        assert sweep.visible_gpus() == found
+
+
+def test_a_cancelled_job_stops_and_is_not_tried_again(tmp_path):
+    cell, = sweep.grid("smoke", methods=("raw",))
+    def unit(job):
+        while True: sweep.note(job, ".cancel").touch(); yield
+    job, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=unit, retries=9, poll_s=0.01)
+    assert (job.state, job.reason, job.tries) == ("failed", "cancelled", 1)
+    again, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=units([None]), poll_s=0.01)
+    assert again.state == "done", "a new sweep begins without the old note"
+
+
+def test_a_thousandth_of_a_simulated_sweep(tmp_path):
+    "Crashes, hangs, preemptions, two sweeps at once, one of them killed: every job is done exactly once. tools/simulate_sweep.py does 1,000."
+    from simulate_sweep import simulate
+    said = simulate(tmp_path/"runs", 40)
+    assert said["done_exactly_once"] == 40 and said["done_twice"] == said["lost"] == 0 and said["exit_codes"] == [0, 0], said
+    assert said["sweep_killed"]
+
+
+def test_what_a_killed_sweep_started_dies_with_it_and_its_runs_are_free(tmp_path):
+    "kill -9 of a sweep: papermill and its kernel end, the lock is released, and the notebook's attempt is kept by the next sweep."
+    pid = tmp_path/"pid"
+    nb = notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), f"""
+import os, time; from pathlib import Path
+from penaltyanon.core import RunFolder, resolve
+s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed, action_data=action_data, privacy_data=privacy_data, attributes=attributes)
+run = RunFolder.create(run_root, s, resume=True)
+if not Path({str(pid)!r}).exists():
+    Path({str(pid)!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+run.finish(dict())""")
+    code = f"from penaltyanon import sweep; sweep.run_jobs(sweep.grid('smoke', methods=('raw',)), {str(tmp_path/'runs')!r}, notebooks=({str(nb)!r},))"
+    first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (pid.exists() and pid.read_text()) and time.time() < deadline: time.sleep(0.1)
+    first.kill(); first.wait()
+    job, = sweep.run_jobs(sweep.grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
+    assert job.state == "done", job.reason                 # it waited until the old kernel let go of the folder
+    assert not Path(f"/proc/{pid.read_text()}").exists() and [p.name for p in (job.path/"attempts").glob("*.ipynb")] == ["stage-1.ipynb"]
