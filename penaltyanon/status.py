@@ -12,6 +12,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+# %% ../nbs/72_status.ipynb #h001
 from .core import RunFolder, UserError, read_json
 from .cluster import number, queue
 from .sweep import Job, clock_of, eta, last_row, look, note
