@@ -1,5 +1,6 @@
 "A real scheduler: one node of SLURM on the loopback interface, started for these tests."
-import os, pwd, shutil, socket, subprocess, time
+import os, shutil, socket, subprocess, time
+from dataclasses import replace
 from pathlib import Path
 import pytest
 from penaltyanon import sweep
@@ -97,7 +98,7 @@ def cells(tmp_path_factory):
     cells = sweep.grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", save_minutes=0.0, bootstrap=20)
     sweep.prepare_data(cells[0])
     assert len(cells) == 6
-    return cells
+    return [replace(s, steps=80, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one game long enough to be killed in
 
 
 def claims(root, s):
@@ -112,13 +113,15 @@ def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path):
     submit(todo, root, "slurm", how, retries=0)
     assert len({number(j) for j in todo}) == 6 and submit(todo, root, "slurm", how) == {}, "what is queued is not submitted twice"
     victim = next(j for j in todo if j.settings.method == "penalty" and j.settings.B == 0.5)
-    wait_for(lambda: any(r["stage"] == "minimax" for r in read_rows(victim.path/"metrics.jsonl")) or (victim.path/"checkpoints"/"evaluate.ckpt").exists(), "the victim's game", 400)
-    assert not (victim.path/"DONE").exists()
+    wait_for(lambda: any(r["stage"] == "minimax" and r["step"] > 10 for r in read_rows(victim.path/"metrics.jsonl")), "the victim's game", 400)
+    assert not (victim.path/"anonymizer.safetensors").exists()
     subprocess.run(["scontrol", "requeue", number(victim)], check=True)
     wait_for(lambda: queue().get(number(victim)) == "PENDING" or (victim.path/"attempts").is_dir(), "the requeue")
+    subprocess.run(["scontrol", "update", f"jobid={number(victim)}", "StartTime=now"])      # SLURM lets a requeued job rest for two minutes
     done = run_on("slurm", cells, root, jobs=2, options=how["options"], retries=0)
     assert {j.state for j in done} <= {"done", "kept"}, [(j.path.name, j.reason) for j in done]
-    assert list((victim.path/"attempts").glob("*.ipynb")), "the attempt that was killed is kept"
+    assert list((victim.path/"attempts").glob("train_anonymizer-*.ipynb")), "the attempt that was killed is kept"
+    assert read_json(victim.path/"env.json")["resumed"], "and the second went on from its checkpoint"
     local = tmp_path/"local"
     assert {j.state for j in sweep.run_jobs(cells, local)} == {"done"}
     for s in cells: assert claims(root, s) == claims(local, s), sweep.run_name(s)
