@@ -1,5 +1,5 @@
 "A real scheduler: one node of SLURM on the loopback interface, started for these tests."
-import os, shutil, socket, subprocess, time
+import os, shutil, signal, socket, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -62,6 +62,14 @@ def wait_for(fact, what, seconds=90):
     return value
 
 
+def started_under(conf):
+    "Processes that this SLURM has started, by their environment."
+    for f in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"SLURM_CONF={conf}".encode() in f.read_bytes().split(b"\0"): yield int(f.parent.name)
+        except OSError: continue
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     "munged, slurmctld and slurmd in a folder of their own; ended with the tests."
@@ -88,6 +96,7 @@ def slurm(tmp_path_factory):
         for p in reversed(daemons):
             try: p.wait(15)
             except subprocess.TimeoutExpired: p.kill()
+        for pid in started_under(conf): os.kill(pid, signal.SIGKILL)       # steps that wait for a requeued job's ghosts
         os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
 
 
