@@ -83,11 +83,13 @@ class Keeper:
         log=None,             # file of rows that goes with it, cut back to where the checkpoint was made
         say=print,            # told what happened to the files
         matters: tuple = (),  # names of settings that must be the same; () = all but the machine's
+        writes: bool = True,  # False: one of several processes that only takes up what another keeps
     ):
+        self.writes = writes
         self.path, self.settings, self.log, self.say, self.matters = Path(path), settings, Path(log) if log else None, say, matters
         self.previous, self.began, self.saved = self.path.with_name(f"{self.path.name}.previous"), time.monotonic(), time.monotonic()
         self.stage, self.state, self.random, self.done, self.earlier = "", None, None, {}, 0.0
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"): left.unlink()     # of a kill while writing
+        for left in () if not writes else self.path.parent.glob(f".{self.path.name}.*.tmp"): left.unlink()     # of a kill while writing
         found = newest((self.path, self.previous), say)
         if found: self._take_up(found)
         else: self.save("begin", {})
@@ -96,6 +98,7 @@ class Keeper:
         "Be where a checkpoint says."
         if what := differences(Settings(**found["settings"]), self.settings, self.matters): raise UserError(f"{self.path}: a checkpoint of other settings ({what}); delete it or choose another folder")
         self.stage, self.state, self.random, self.done, self.earlier = (found[k] for k in ("stage", "state", "random", "done", "seconds"))
+        if not self.writes: return
         if (size := self._rows()) > found["rows"]: os.truncate(self.log, found["rows"])
         elif size < found["rows"]: self.say(f"{self.log}: shorter than when the checkpoint was made; rows are lost")
 
@@ -109,6 +112,7 @@ class Keeper:
         state: dict,   # what its next step depends on, random numbers aside
     ):
         "Write a checkpoint; the last one becomes the one before."
+        if not self.writes: self.stage = self.stage or stage; return
         rows = self._rows()
         data = pack(dict(stage=stage, state=state, random=random_state(), done=self.done, seconds=self.seconds(), rows=rows, settings=settings_dict(self.settings)))
         fresh = atomic_write(self.path.with_name(f"{self.path.name}.new"), data)

@@ -251,6 +251,7 @@ class _Evaluation:
 class _Machine:
     device: str = "auto"           # auto | cpu | cuda | cuda:N | mps
     threads: int = 0               # CPU threads, >= 0; 0 = the library's choice
+    devices: int = 1               # processes that share each batch, with one device each, >= 1
     save_minutes: float = 10.0     # between two checkpoints, >= 0; 0 = after every step; each epoch's end has one as well
 
 # %% ../nbs/00_core.ipynb #c050
@@ -287,7 +288,7 @@ CHOICES = dict(preset=("smoke", "demo", "mini", "paper"), backbone=("unetpp", "u
                penalty=("hinge", "constraint", "none"), units=("std", "pixel", "motion"), scope=("clip", "batch"),
                precision=("bf16", "fp32"))
 AT_LEAST = dict(split=1, frames=1, skip=1, size=8, decoder=1, epochs=1, batch_clips=1, batch_images=2, privacy_updates=1,
-                ensemble=1, log_every=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1, eval_train_views=1)
+                ensemble=1, log_every=1, devices=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1, eval_train_views=1)
 POSITIVE = ("crop", "keep_rate", "identity_lr", "warmup_lr", "lr_anonymizer", "lr_action", "lr_privacy", "eval_lr_action", "eval_lr_privacy")
 AT_MOST = dict(split=3, crop=1.0, keep_rate=1.0)
 
@@ -393,7 +394,7 @@ def settings_dict(
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
 
 # %% ../nbs/00_core.ipynb #c078
-MACHINE = ("device", "threads", "workers", "save_minutes")      # where and how fast, not what
+MACHINE = ("device", "threads", "workers", "devices", "save_minutes")      # where and how fast, not what
 LATER = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every")     # version 0.2
 
 # %% ../nbs/00_core.ipynb #c079

@@ -27,6 +27,7 @@ from .datasets import ClipDataset, FrameDataset, open_data, twin
 from .anonymizers import anonymize_clip, freeze_batchnorm
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, Projector, build_model
 from .checkpoints import Keeper, keep_up
+from .ranks import ALONE, Ranks, average_gradients, mean_row
 from .losses import anonymizer_objective, dual_ascent, l1_reconstruction, nt_xent, rms, rms_hinge
 
 # %% ../nbs/40_training.ipynb #c005
@@ -75,8 +76,9 @@ class Endless:
         batch_size: int, # samples per batch; the incomplete last batch of an epoch is dropped
         seed: int, # of the order
         workers: int = 0, # loader processes
+        ranks: Ranks = ALONE, # processes that share each batch
     ):
-        self.dataset, self.size, self.seed, self.workers = dataset, min(batch_size, len(dataset)), seed, workers
+        self.dataset, self.size, self.seed, self.workers, self.ranks = dataset, min(batch_size, len(dataset)), seed, workers, ranks
         self.per_epoch, self.taken, self.batches = len(dataset) // self.size, 0, None
 
     def order(self, epoch: int) -> list: # of the batches of an epoch, each a list of indices
@@ -93,7 +95,7 @@ class Endless:
         epoch, done = divmod(self.taken, self.per_epoch)
         if self.batches is None or done == 0:
             self.dataset.set_epoch(epoch)
-            order = [b.tolist() for b in self.order(epoch)[done:]]
+            order = [self.ranks.part(b.tolist()) for b in self.order(epoch)[done:]]
             self.batches = iter(DataLoader(self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator()))
         batch = next(self.batches)
         self.taken += 1
@@ -216,6 +218,7 @@ class Players:
     lam: Multiplier
     step: int = 0 # iterations done
     rested: dict | None = None # f_B's state before the game, for methods that go back to it
+    ranks: Ranks = ALONE # processes that play the same game on parts of each batch
     device = property(lambda self: next(self.f_A.parameters()).device)
 
 # %% ../nbs/40_training.ipynb #c031
@@ -260,16 +263,18 @@ def opponents_losses(
 ) -> tuple[Tensor, Tensor, Tensor]: # L_T; L_B of each of M privacy networks (M,); their outputs (M, 2 m, d)
     "What f_T and f_B make of anonymized data."
     with autocast(s, x_anon.device, opponent=True):
-        z = torch.stack([f_B(v_anon) for f_B in team(p.f_B)])
-        return method.utility(p.f_T, x_anon, b, s), torch.stack([method.privacy(one, b.labels) for one in z]), z
+        z, labels = torch.stack([p.ranks.gather(f_B(v_anon)) for f_B in team(p.f_B)]), p.ranks.gather(b.labels, 1)
+        return method.utility(p.f_T, x_anon, b, s), torch.stack([method.privacy(one, labels) for one in z]), z
 
 # %% ../nbs/40_training.ipynb #c036
 def descend(
     net: nn.Module, # whose gradients are filled; of a ModuleList each network is clipped by itself
     opt: torch.optim.Optimizer, # its optimizer
     s: Settings, # clip_grad: largest norm of the gradient, 0 for no clipping
+    ranks: Ranks = ALONE, # over which gradients are averaged first
 ) -> Tensor: # norm before clipping
     "Clip, step, forget the gradients."
+    average_gradients(net, ranks)
     norm = max(nn.utils.clip_grad_norm_(one.parameters(), s.clip_grad or float("inf")) for one in team(net))
     opt.step()
     opt.zero_grad()
@@ -288,19 +293,19 @@ def anonymizer_step(
     loss_T, losses_B, z = opponents_losses(p, x_anon, v_anon, b, s, method)
     attack, extra = method.attack(p.f_A, z, losses_B), method.extra(p.f_A, x_anon, b) if method.extra else None
     bound = s.B * (1 - s.margin) if s.penalty == "constraint" else s.B
-    loss_P, change = rms_hinge(b.clip, x_anon, bound, s.units, s.scope), rms(b.clip, x_anon.detach(), s.units).mean()
+    loss_P, change = rms_hinge(b.clip, x_anon, bound, s.units, s.scope), p.ranks.mean(rms(b.clip, x_anon.detach(), s.units).mean())
     p.lam.follow(change.item() - bound, s)
     g_T, = torch.autograd.grad(loss_T, x_anon)
     g_P, = torch.autograd.grad(loss_P, x_anon)
     g_B, = torch.autograd.grad(attack, v_anon)
     wanted = [(x_anon, s.weight_action * g_T + p.lam.value * g_P), (v_anon, s.weight_privacy * g_B)] + ([(extra, None)] if extra is not None else [])
     torch.autograd.backward(*zip(*wanted))
-    norm = descend(p.f_A, p.opt_A, s)
+    norm = descend(p.f_A, p.opt_A, s, p.ranks)
     row = dict(loss_action=loss_T, loss_privacy=losses_B.min(), loss_penalty=loss_P, lam=p.lam.value,
         objective=anonymizer_objective(loss_T, -attack, loss_P, p.lam.value, s.weight_action, s.weight_privacy) + (0 if extra is None else extra),
         rms_clips=change, rms_images=rms(b.views, v_anon, s.units).mean(),
         grad_action=g_T.norm(), grad_privacy=g_B.norm(), grad_penalty=g_P.norm(), grad_total=norm)
-    return {k: float(torch.as_tensor(v).detach()) for k, v in row.items()}, x_anon.detach(), v_anon.detach()
+    return mean_row({k: float(torch.as_tensor(v).detach()) for k, v in row.items()}, p.ranks), x_anon.detach(), v_anon.detach()
 
 # %% ../nbs/40_training.ipynb #c038
 def opponents_step(
@@ -316,8 +321,8 @@ def opponents_step(
     loss_T, losses_B, _ = opponents_losses(p, x_anon, v_anon, b, s, method)
     for net, opt, loss in ((p.f_T, p.opt_T, loss_T), (p.f_B, p.opt_B, losses_B.sum())):
         loss.backward()
-        descend(net, opt, s)
-    return {"loss_action_step2": loss_T.item(), "loss_privacy_step2": losses_B.mean().item()}
+        descend(net, opt, s, p.ranks)
+    return mean_row({"loss_action_step2": loss_T.item(), "loss_privacy_step2": losses_B.mean().item()}, p.ranks)
 
 # %% ../nbs/40_training.ipynb #h040
 @contextlib.contextmanager
@@ -382,8 +387,8 @@ def extra_privacy_step(p, images, s, method):
     set_mode([p.f_B], [p.f_A])
     views, labels = next_images(images, p.device)
     with autocast(s, p.device), torch.no_grad(): v_anon = p.f_A(views)
-    with autocast(s, p.device, opponent=True): sum(method.privacy(f_B(v_anon), labels) for f_B in team(p.f_B)).backward()
-    descend(p.f_B, p.opt_B, s)
+    with autocast(s, p.device, opponent=True): sum(method.privacy(p.ranks.gather(f_B(v_anon)), p.ranks.gather(labels, 1)) for f_B in team(p.f_B)).backward()
+    descend(p.f_B, p.opt_B, s, p.ranks)
 
 # %% ../nbs/40_training.ipynb #c055
 def game_state(
