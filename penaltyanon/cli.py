@@ -124,6 +124,7 @@ def sweep(
     jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
     cluster: Annotated[str, typer.Option(help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
     gpus: Annotated[int | None, typer.Option(min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
     slurm: Annotated[list[str], typer.Option(help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
@@ -133,13 +134,20 @@ def sweep(
     table, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
     axes = table | {k: v for k, v in axes.items() if k not in table or (v and v != PAPER_B)}   # what the user says wins
-    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | assignments(set_))
+    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
     out = out or Path("runs")/preset
     todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, retries=retries, **attacks)
     if cluster == "slurm" and not wait: return print(f"submitted: {sum(j.state == 'waiting' for j in todo)} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
     if any(j.state in ("done", "kept") for j in todo): show_table(out)
     raise_failed(todo)
     print(f"runs: {out}   next: penaltyanon report {out}")
+
+
+@app.command(hidden=True)
+def rank(run: Annotated[Path, typer.Argument(help="a run folder")]):
+    "One of the processes that share a run's batches; `--devices` starts them."
+    from penaltyanon.trainer import rank
+    rank(run)
 
 
 @app.command()

@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 
            'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
            'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
            'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
-           'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'RunFolder', 'finished_runs']
+           'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'make_once', 'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -505,6 +505,21 @@ def let_go(
     "Release what `hold` took."
     lock = _HELD.pop(Path(path).absolute(), None)
     if lock: lock.release()
+
+# %% ../nbs/00_core.ipynb #h061
+def make_once(
+    path: str | Path,   # the shared file or folder
+    make,               # `make(path)` writes it atomically; called by at most one process at a time
+) -> bool:              # did this call make it?
+    "Make a file or folder that several jobs share, unless it is there."
+    from filelock import FileLock
+    path = Path(path)
+    if path.exists(): return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists(): return False
+        make(path)
+        return True
 
 # %% ../nbs/00_core.ipynb #c091
 class RunFolder:

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['METHODS', 'OTHERS', 'PUPPETS', 'NAMED', 'LENGTHS', 'STAGES', 'is_generated', 'grid', 'label', 'prepare_worlds',
            'prepare_data', 'run_parameters', 'find_notebook', 'notebook_parameters', 'check_parameters', 'has_started',
-           'attend', 'last_words', 'tidy', 'follow', 'run_notebook', 'make_once', 'Job', 'note', 'clock_of', 'tell',
-           'claim', 'last_row', 'look', 'eta', 'attacks_left', 'work', 'visible_gpus', 'is_over', 'Board', 'jobs_of',
-           'run_jobs', 'raise_failed']
+           'attend', 'last_words', 'tidy', 'follow', 'run_notebook', 'Job', 'note', 'clock_of', 'tell', 'claim',
+           'last_row', 'look', 'eta', 'attacks_left', 'work', 'visible_gpus', 'is_over', 'Board', 'jobs_of', 'run_jobs',
+           'raise_failed']
 
 # %% ../nbs/70_sweep.ipynb #c002
 import ast, ctypes, functools, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import CHOICES, Settings, UsageError, UserError, read_json, resolve, run_name, settings_dict, write_json, write_yaml
+from .core import CHOICES, Settings, UsageError, UserError, make_once, read_json, resolve, run_name, settings_dict, write_json, write_yaml
 
 # %% ../nbs/70_sweep.ipynb #c005
 METHODS = {
@@ -257,21 +257,6 @@ def run_notebook(name, parameters, output, **options) -> Path:
     "`follow` to the end"
     for _ in follow(name, parameters, output, **options): time.sleep(0.1)
     return Path(output)
-
-# %% ../nbs/70_sweep.ipynb #c053
-def make_once(
-    path: str | Path,   # the shared file or folder
-    make,               # `make(path)` writes it atomically; called by at most one process at a time
-) -> bool:              # did this call make it?
-    "Make a file or folder that several jobs share, unless it is there"
-    from filelock import FileLock
-    path = Path(path)
-    if path.exists(): return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists(): return False
-        make(path)
-        return True
 
 # %% ../nbs/70_sweep.ipynb #c056
 @dataclass

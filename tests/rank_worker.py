@@ -18,7 +18,9 @@ if devices > 1:
     fabric.launch()
     ranks = Ranks(fabric)
 else: ranks = ALONE
-if not gather: ranks_module.Ranks.gather = lambda self, z, views=2: z        # what would be wrong
+if not gather:                                     # what would be wrong: negatives of the own images only
+    everyone = ranks_module.Ranks.gather
+    ranks_module.Ranks.gather = lambda self, z, views=2: z if views == 2 else everyone(self, z, views)
 
 
 class Labelled(Data):
@@ -29,6 +31,7 @@ s, aims = resolve("smoke", method=name, backbone="unetpp", decoder=(16, 8, 8, 8)
 seed_everything(0)
 p = training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
 p.ranks = ranks
+for net in (p.f_T, p.f_B): ranks_module.share_batchnorm(net, ranks)
 clips, images = training.endless(Labelled(8), 4, 0, ranks=ranks), training.endless(Labelled(16), 8, 1, ranks=ranks)
 grads, rows = {}, []
 for key, net in (("f_A", p.f_A), ("f_T", p.f_T), ("f_B", p.f_B)):

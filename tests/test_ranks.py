@@ -1,7 +1,11 @@
 "Two processes that share a batch make the step of one process that has it whole."
-import os, subprocess, sys
+import os, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
+from safetensors.torch import load_file
+from penaltyanon import sweep, trainer
+from penaltyanon.core import RunFolder, UserError, resolve, start_key
 from conftest import ROOT
 
 pytest.importorskip("lightning_fabric", reason="needs lightning-fabric: pip install 'penaltyanon[train]'")
@@ -35,3 +39,59 @@ def test_without_the_others_negatives_it_is_another_loss(tmp_path):
     "What the comparison above would catch: each process with its own images only."
     one, wrong = play(tmp_path, 1, method="penalty"), play(tmp_path, 2, gather=False, method="penalty")
     assert off(wrong["grads"]["f_B"], one["grads"]["f_B"]) > 0.05
+
+
+# ---- a whole run in two processes
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = tmp_path_factory.mktemp("lab")
+    s = resolve("smoke", devices=2, steps=12, save_minutes=0.0, precision="fp32", action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    sweep.prepare_data(s)
+    return lab, s
+
+
+def timeless(rows): return [{k: v for k, v in r.items() if k != "ms"} for r in rows]
+
+
+def test_a_run_on_two_devices_and_killed_midway(lab):
+    "One file of rows, one anonymizer; killed in the game, with all its processes, and started again it ends as the one that was not."
+    lab, s = lab
+    straight = RunFolder.create(lab/"straight", s)
+    f_A, record = trainer.train_on(straight, show=lambda line: None)
+    rows = straight.metrics()
+    assert [r["step"] for r in rows if r["stage"] == "minimax"] == list(range(1, 13)) and record["steps"] == 12
+    killed = RunFolder.create(lab/"killed", s)
+    code = f"from penaltyanon import trainer; from penaltyanon.core import RunFolder; trainer.train_on(RunFolder.open({str(killed.path)!r}))"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    deadline = time.time() + 240
+    while not any(r["stage"] == "minimax" and r["step"] >= 3 for r in killed.metrics()):
+        assert p.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    started = at_work(killed.path)
+    p.kill(); p.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.time() < deadline: time.sleep(0.1)
+    assert len(started) >= 2 and not at_work(killed.path), "a process of the killed run is left"
+    assert not (killed/"anonymizer.safetensors").exists()
+    trainer.train_on(killed, show=lambda line: None)
+    assert timeless(killed.metrics()) == timeless(rows)
+    a, b = (load_file(r/"anonymizer.safetensors") for r in (straight, killed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def at_work(path):
+    "Processes that have this run's folder among their arguments, the one that waits for them aside."
+    found = []
+    for f in Path("/proc").glob("[0-9]*/cmdline"):
+        try: words = f.read_bytes().split(b"\0")
+        except OSError: continue
+        if b"rank" in words and str(path).encode() in words: found.append(int(f.parent.name))
+    return found
+
+
+def test_a_rank_that_fails_ends_all_with_its_reason(lab):
+    lab, s = lab
+    run = RunFolder.create(lab/"broken", replace(s, seed=1))
+    (lab/"broken"/"_start").mkdir(parents=True)
+    (lab/"broken"/"_start"/f"{start_key(run.settings)}.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="2 processes: .*damaged"): trainer.train_on(run, show=lambda line: None)
+    assert not at_work(run.path)
