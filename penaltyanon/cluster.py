@@ -60,16 +60,15 @@ class Task:
         return DelayedSubmission(self)
 
 # %% ../nbs/71_cluster.ipynb #h003
-def scheduler_library(cluster: str):   # the module submitit
+def scheduler_library():   # the module submitit
     "submitit, or a line that says what is missing."
     try: import submitit
     except ModuleNotFoundError: raise UserError('submitit submits to clusters and is not installed: pip install "penaltyanon[run]"') from None
-    if cluster == "slurm" and not shutil.which("sbatch"): raise UserError("--cluster slurm: there is no sbatch on this machine; submit from a login node, or use --cluster local")
+    if not shutil.which("sbatch"): raise UserError("--cluster slurm: there is no sbatch on this machine; submit from a login node, or use --cluster local")
     return submitit
 
 # %% ../nbs/71_cluster.ipynb #c010
 def executor(
-    cluster: str,        # slurm | debug
     root: Path,          # folder of the sweep
     jobs: int = 2,       # elements of the array at once
     threads: int = 1,    # CPUs of each
@@ -77,9 +76,8 @@ def executor(
     options: dict = {},  # of submitit (timeout_min, slurm_partition, ...), or of sbatch
 ):   # a submitit executor
     "A scheduler, ready to take jobs."
-    submitit = scheduler_library(cluster)
-    found = submitit.AutoExecutor(folder=Path(root).absolute()/"_jobs"/cluster, cluster=cluster, **({"slurm_max_num_timeout": 1000} if cluster == "slurm" else {}))
-    if cluster != "slurm": return found
+    submitit = scheduler_library()
+    found = submitit.AutoExecutor(folder=Path(root).absolute()/"_jobs"/"slurm", cluster="slurm", slurm_max_num_timeout=1000)
     try: found.update_parameters(name="penaltyanon", slurm_array_parallelism=jobs, cpus_per_task=max(1, threads), **({"gpus_per_node": gpus} if gpus else {}), **spread(options))
     except (NameError, TypeError, ValueError) as e: raise UsageError(f"--slurm: {' '.join(str(e).split())}") from None
     return found
@@ -112,7 +110,6 @@ def number(job: Job) -> str:
 def submit(
     todo: list[Job],     # of `sweep.jobs_of`
     root: Path,          # folder of the sweep
-    cluster: str = "slurm",
     how: dict = {},      # of `executor`: jobs, threads, gpus, options
     **task,              # threads, retries, notebooks, attacks of each `Task`
 ) -> dict:               # job's path -> submitit's job
@@ -120,7 +117,7 @@ def submit(
     there, root = queue(), Path(root).absolute()
     waiting = [j for j in todo if j.state == "waiting" and number(j) not in there]
     if not waiting: return {}
-    scheduler = executor(cluster, root, **how)
+    scheduler = executor(root, **how)
     with scheduler.batch(): given = [scheduler.submit(Task(j.settings, root, **task)) for j in waiting]
     for job, one in zip(waiting, given): write_json(note(job, ".slurm"), dict(slurm=one.job_id, time=time.time()))
     return {j.path: one for j, one in zip(waiting, given)}
@@ -177,10 +174,11 @@ def run_on(
 ) -> list[Job]:
     "A grid through a scheduler; Ctrl-C leaves the jobs running."
     todo = jobs_of(settings, Path(root).absolute(), notebooks, **attacks)
-    given = submit(todo, root, cluster, dict(jobs=jobs, threads=threads, gpus=gpus, options=options), threads=threads, retries=retries, notebooks=notebooks, attacks=attacks)
+    task = dict(threads=threads, retries=retries, notebooks=notebooks, attacks=attacks)
     if cluster == "debug":
         for job in todo:
-            if job.path in given: job.state = given[job.path].result()
+            if job.state == "waiting": job.state = Task(job.settings, job.root, **task)()
         return todo
+    submit(todo, root, dict(jobs=jobs, threads=threads, gpus=gpus, options=options), **task)
     watch(todo, poll_s, grace_s, wait)
     return todo

@@ -119,8 +119,8 @@ def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path):
     "Six jobs in an array; one is killed in its game and requeued by the scheduler; all results are those of a local sweep."
     root, how = tmp_path/"slurm", dict(jobs=2, options=dict(timeout_min=20, requeue=True))
     todo = sweep.jobs_of(cells, root)
-    submit(todo, root, "slurm", how, retries=0)
-    assert len({number(j) for j in todo}) == 6 and submit(todo, root, "slurm", how) == {}, "what is queued is not submitted twice"
+    submit(todo, root, how, retries=0)
+    assert len({number(j) for j in todo}) == 6 and submit(todo, root, how) == {}, "what is queued is not submitted twice"
     victim = next(j for j in todo if j.settings.method == "penalty" and j.settings.B == 0.5)
     wait_for(lambda: any(r["stage"] == "minimax" and r["step"] > 10 for r in read_rows(victim.path/"metrics.jsonl")), "the victim's game", 400)
     assert not (victim.path/"anonymizer.safetensors").exists()
@@ -140,7 +140,7 @@ def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path):
 def test_a_queued_sweep_can_be_cancelled(slurm, cells, tmp_path):
     root = tmp_path/"runs"
     todo = sweep.jobs_of(cells, root)
-    submit(todo, root, "slurm", dict(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
+    submit(todo, root, dict(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
     for j in todo: RunFolder.create(root, j.settings); let_go(j.path.parent/"_jobs"/f"{j.path.name}.writing.lock")
     assert {j.state for j in jobs_in(root)} == {"queued"}
     assert len(cancel(root)) == 6
