@@ -44,6 +44,14 @@ def copy_of_the_repository(target):
     return target
 
 
+LONG = "test_slurm test_notebooks test_resume test_wheel test_protocols test_ranks test_sweep test_jupyterlab".split()
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first, so that two workers end at about the same time."
+    items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture
 def tree(tmp_path): return copy_of_the_repository(tmp_path/"repo")
 

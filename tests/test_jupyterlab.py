@@ -107,5 +107,5 @@ def wait_until_run(page, path, cells, seconds=400):
         if len(state) == cells and all(c["prompt"].strip("[]:").isdigit() for c in state) and page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').count(): break
         assert time.time() < deadline, f"{path}: after {seconds} s these prompts stand: {[c['prompt'] for c in state]}"
         time.sleep(0.5)
-    loud = [(i, e[:300]) for i, c in enumerate(state) for e in c["errors"] if "it/s]" not in e and "s/it]" not in e and "%|" not in e]
+    loud = [(i, e[:300]) for i, c in enumerate(state) for e in c["errors"] if e.strip() and "it/s]" not in e and "s/it]" not in e and "%|" not in e]
     assert not loud, f"{path}: code cell {loud[0][0]} says on stderr: {loud[0][1]}"
