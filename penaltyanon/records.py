@@ -109,7 +109,7 @@ def _remembered(
     todo = [n for n in dict.fromkeys(names) if known.get(n, [""])[0] != keys[n]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(work, [root/n for n in todo])
-        for n, result in zip(todo, tqdm(found, f"{kind} of {root.name}", len(todo), disable=len(todo) < 50)): known[n] = [keys[n], result]
+        for result, n in zip(tqdm(found, f"{kind} of {root.name}", len(todo), disable=len(todo) < 50), todo): known[n] = [keys[n], result]
     if todo: _save_store(store, known)
     return {n: known[n][1] for n in names}
 

@@ -198,8 +198,10 @@ def _last_seen(text: str) -> str:
 def tidy(
     path: Path,   # an executed notebook, changed in place
 ):
-    "Join pieces of one stream, and of what was drawn over itself keep what was seen last"
+    "Join pieces of one stream, of what was drawn over itself keep what was seen last, and forget where on this machine it lay"
     nb = read_json(path)
+    about = nb["metadata"].get("papermill", {})
+    about.update({k: Path(about[k]).name for k in ("input_path", "output_path") if about.get(k)})
     for cell in nb["cells"]:
         joined = []
         for out in cell.get("outputs", []):

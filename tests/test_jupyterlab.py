@@ -1,7 +1,7 @@
 "The notebooks in a real JupyterLab, in a real browser: every cell runs, nothing goes wrong, the pictures are there."
 import os, secrets, shutil, signal, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
-import nbformat, pytest
+import nbformat, psutil, pytest
 from conftest import code_cells, copy_of_the_repository
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -15,7 +15,8 @@ STATE = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map
 PICTURES = "() => [...document.querySelectorAll('.jp-OutputArea-output img')].filter(i => i.complete && i.naturalWidth > 50).length"
 
 
-OPENED = [("nbs/index.ipynb", 0), ("nbs/30_losses.ipynb", 2), ("nbs/runs/train_anonymizer.ipynb", 3)]     # and how many pictures each draws
+FORMULAS = "() => [document.querySelectorAll('.jp-MarkdownCell mjx-container').length, document.querySelectorAll('mjx-merror').length]"
+OPENED = [("nbs/index.ipynb", 0, 0), ("nbs/30_losses.ipynb", 3, 3), ("nbs/runs/train_anonymizer.ipynb", 3, 0)]     # pictures drawn; formulas shown
 
 
 def without_outputs(path):
@@ -30,7 +31,7 @@ def without_outputs(path):
 def lab(tmp_path_factory):
     "JupyterLab on a copy of the repository, with a home, settings and a kernel of its own."
     tree, home = copy_of_the_repository(tmp_path_factory.mktemp("lab")/"repo"), tmp_path_factory.mktemp("home")
-    for path, _ in OPENED: without_outputs(tree/path)
+    for path, *_ in OPENED: without_outputs(tree/path)
     settings = home/"config"/"lab"/"user-settings"/"@jupyterlab"/"notebook-extension"
     settings.mkdir(parents=True)
     (settings/"tracker.jupyterlab-settings").write_text('{"windowingMode": "none", "recordTiming": false}')     # every cell is in the page
@@ -51,9 +52,10 @@ def lab(tmp_path_factory):
             time.sleep(0.3)
         yield f"http://127.0.0.1:{port}", token, tree
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)] if server.poll() is None else []      # kernels have sessions of their own
+        server.send_signal(signal.SIGTERM)
+        for p in psutil.wait_procs(family, timeout=20)[1]: p.kill()
+        log.close()
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,8 @@ def shots(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("path, pictures", OPENED)
-def test_run_all_cells(lab, browser, tmp_path, path, pictures):
+@pytest.mark.parametrize("path, pictures, formulas", OPENED)
+def test_run_all_cells(lab, browser, tmp_path, path, pictures, formulas):
     base, token, tree = lab
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(120_000)
@@ -87,7 +89,9 @@ def test_run_all_cells(lab, browser, tmp_path, path, pictures):
             wait_until_run(page, path, cells)
             drawn = page.evaluate(PICTURES)
             assert drawn >= pictures, f"{path}: {drawn} pictures are rendered, {pictures} are expected"
-        else: assert page.evaluate("() => [...document.querySelectorAll('.jp-MarkdownCell img')].filter(i => i.complete && i.naturalWidth > 50).length") >= 1, "the README's picture"
+        else: all_pictures_of_the_text(page, path, (tree/path).read_text().count("!["))
+        shown, broken = page.evaluate(FORMULAS)
+        assert shown >= formulas and not broken, f"{path}: {shown} formulas are rendered, {broken} of them are wrong"
         last = page.locator(".jp-OutputArea-output img").last if pictures else page.locator(".jp-Notebook h1").first
         last.scroll_into_view_if_needed()
         page.screenshot(path=shots(tmp_path)/f"{Path(path).stem}.png")
@@ -95,6 +99,15 @@ def test_run_all_cells(lab, browser, tmp_path, path, pictures):
         page.screenshot(path=shots(tmp_path)/f"{Path(path).stem}-failed.png")
         raise AssertionError(f"{path}: {e}") from e
     finally: page.close()
+
+
+def all_pictures_of_the_text(page, path, expected):
+    "None may be missing: the paths are relative to where the README says to start JupyterLab."
+    found = "() => [...document.querySelectorAll('.jp-MarkdownCell img')].map(i => [i.getAttribute('alt') || i.src, i.complete && i.naturalWidth > 50])"
+    deadline = time.time() + 30
+    while len(seen := page.evaluate(found)) < expected or not all(good for _, good in seen):
+        assert time.time() < deadline, f"{path}: {expected} pictures are in its text; of those in the page these are not shown: {[n for n, good in seen if not good]} ({len(seen)} found)"
+        time.sleep(0.5)
 
 
 def wait_until_run(page, path, cells, seconds=400):

