@@ -89,6 +89,10 @@ def test_a_module_imports_only_lower_floors(module):
     assert not above, f"{module} (floor {FLOOR[module]}) imports {above}"
 
 
+def test_no_two_notebooks_share_a_floor():
+    assert len(set(FLOOR.values())) == len(LIBRARY)
+
+
 def test_every_module_comes_from_a_notebook():
     assert {p.stem for p in ROOT.glob("penaltyanon/*.py")} - set(FLOOR) <= {"__init__", "_modidx", "cli"}
 
