@@ -111,7 +111,7 @@ def sweep(
     B: Bounds = PAPER_B,
     seeds: Annotated[list[int], typer.Option(help="one full set of runs each: --seeds 0 1 2")] = [0],
     lam: Annotated[list[float], typer.Option(help="weights of the penalty; else the preset's")] = [],
-    methods: Annotated[list[str], typer.Option(help="raw oracle lambda0 penalty; else all that the data allow")] = [],
+    methods: Annotated[list[str], typer.Option(help="raw oracle lambda0 penalty spact vita ... blur-strong ..., or files (*.onnx, *.safetensors); else the first four, as the data allow")] = [],
     set_: Annotated[list[str], typer.Option("--set", help="any setting: --set steps=500 size=112")] = [],
     action_model: Annotated[str, typer.Option(help="f_T: a name, or path/file.py:builder")] = "",
     backbone: Annotated[str, typer.Option(help="f_A of all methods: unetpp or unet; else each method's own")] = "",

@@ -168,7 +168,7 @@ def capture_env(
 @dataclass(frozen=True)
 class _Method:
     preset: str = "paper"          # the preset these values started from: smoke | demo | mini | paper
-    method: str = "penalty"        # a name of TRAINED | oracle (silhouette twins of puppets) | a closed-form one: raw, blackening, ...
+    method: str = "penalty"        # a name of TRAINED | file | oracle (silhouette twins of puppets) | a closed-form one: raw, blackening, ...
     B: float = 0.3                 # RMS budget per clip in `units`, >= 0 or inf
     penalty: str = "hinge"         # hinge (Eq. 2) | constraint (lambda adapted until RMS <= B) | none
     lam: float = 1.0               # lambda of Eq. 3, >= 0; the starting value under `constraint`; 0 is SPAct's loss
@@ -201,7 +201,7 @@ class _Networks:
     privacy_model: str = "resnet50"  # f_B: frames to features
     action_weights: str = ""         # file that f_T starts from; "" = random
     privacy_weights: str = ""        # file that f_B starts from; "" = random
-    anonymizer_weights: str = ""     # file that f_A starts from, in place of identity pre-training; "" = pre-train
+    anonymizer_weights: str = ""     # file that f_A starts from, in place of identity pre-training; "" = pre-train; method file: the anonymizer itself
 
 # %% ../nbs/00_core.ipynb #c044
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def check_type(
 # %% ../nbs/00_core.ipynb #c055
 TRAINED = ("penalty", "spact", "vita", "tedspad", "stprivacy")      # methods that train f_A (41_methods)
 CHOICES = dict(preset=("smoke", "demo", "mini", "paper"), backbone=("unetpp", "unet", "tokens"),
-               method=(*TRAINED, "oracle", "raw", "downsample-2x", "downsample-4x", "blackening", "blur-strong", "blur-weak", "pixelate"),
+               method=(*TRAINED, "file", "oracle", "raw", "downsample-2x", "downsample-4x", "blackening", "blur-strong", "blur-weak", "pixelate"),
                penalty=("hinge", "constraint", "none"), units=("std", "pixel", "motion"), scope=("clip", "batch"),
                precision=("bf16", "fp32"))
 AT_LEAST = dict(split=1, frames=1, skip=1, size=8, decoder=1, epochs=1, batch_clips=1, batch_images=2, privacy_updates=1,
@@ -425,6 +425,7 @@ def run_name(
 ) -> str:          # e.g. penalty-constraint-B0.3-lam1-s0-1a2b3c4d
     "Folder name of a run: method, backbone where it is not the penalty method's own, penalty, seed and hash."
     what = s.method if s.method not in TRAINED or (s.method == "penalty" and s.backbone == "unetpp") else f"{s.method}-{s.backbone}"
+    if s.method == "file": what = re.sub(r"[^\w.-]", "_", f"file-{Path(s.anonymizer_weights.partition('#')[0]).stem}")
     if s.method == "penalty": what += f"-{s.penalty}-B{s.B:g}-lam{s.lam:g}"
     return f"{what}-s{s.seed}-{settings_hash(s)}"
 

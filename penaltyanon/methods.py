@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'make_anonymizer', 'supervised', 'confuse_surest', 'classifier', 'restart', 'Triplets', 'triplet_clips',
-           'Tapped', 'tapped_player', 'with_triplet', 'two_phases', 'tokens_loss', 'in_phase_2', 'open_anonymizer',
-           'anonymizer_of']
+           'Tapped', 'tapped_player', 'with_triplet', 'two_phases', 'tokens_loss', 'in_phase_2', 'open_anonymizer']
 
 # %% ../nbs/41_methods.ipynb #c002
 import copy
@@ -15,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from .core import TRAINED, RunFolder, Settings, UsageError, nearest
+from .core import TRAINED, Settings, UsageError, nearest
 from .datasets import ClipDataset, sample_indices
 from .anonymizers import Identity, UNet, UNetPP, load_anonymizer
 from .recognizers import PRIVACY_MODELS, build_model
@@ -150,10 +149,3 @@ def open_anonymizer(
     if name in TRAINED: raise UsageError(f"{name}: is trained first; give the anonymizer.safetensors of its run folder")
     if str(spec).endswith(".safetensors") or Path(spec).exists(): return load_anonymizer(spec)
     raise UsageError(f"{spec}: neither a file nor a method without training; did you mean {nearest(name, OBFUSCATIONS)}?")
-
-# %% ../nbs/41_methods.ipynb #c039
-def anonymizer_of(
-    run: RunFolder, # of any method
-) -> tuple[nn.Module, dict]: # its anonymizer in eval mode, the card
-    "The anonymizer of a run: from its file where the method trains, and then never from anywhere else."
-    return open_anonymizer(run/"anonymizer.safetensors" if run.settings.method in TRAINED else run.settings.method)

@@ -65,7 +65,7 @@ def networks(
 ) -> str:      # e.g. "UNetPP, r3d_small"
     "The anonymizer's architecture and the action recognizer: numbers of different networks must not be mistaken for one another"
     card = read_json(run/"anonymizer.json") if (run/"anonymizer.json").is_file() else {}
-    f_A = card.get("architecture") or (getattr(run.settings, "backbone", "unetpp") if r.get("trainer") else "no network")
+    f_A = card.get("architecture") or (r.get("file") or {}).get("architecture") or (getattr(run.settings, "backbone", "unetpp") if r.get("trainer") else "no network")
     return f"{f_A}, {run.settings.eval_action_model or run.settings.action_model}"
 
 # %% ../nbs/76_tables.ipynb #c013

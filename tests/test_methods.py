@@ -194,7 +194,7 @@ def test_a_trained_method_is_opened_like_any_other(name, tmp_path):
 
 
 def test_every_choice_of_method_can_be_opened_or_trained():
-    assert set(CHOICES["method"]) == set(METHODS) | set(OBFUSCATIONS) | {"oracle"} and tuple(METHODS) == TRAINED
+    assert set(CHOICES["method"]) == set(METHODS) | set(OBFUSCATIONS) | {"oracle", "file"} and tuple(METHODS) == TRAINED
     for name in {*OBFUSCATIONS, "oracle"}: assert open_anonymizer(name)[0](torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
     with pytest.raises(UsageError, match="is trained first"): open_anonymizer("tedspad")
 

@@ -1,0 +1,60 @@
+"A file is judged like any other anonymizer, as the very file it was, or not at all."
+import json, subprocess
+import pytest, torch
+from penaltyanon import export, sweep
+from penaltyanon.anonymizers import load_anonymizer, save_anonymizer
+from penaltyanon.core import RunFolder, UserError, file_hash
+from penaltyanon.report import load_results
+from penaltyanon.shipped import open_shipped
+from penaltyanon.student import TinyNet
+from penaltyanon.tables import measurements
+from conftest import BIN
+
+
+def student(path, seed):
+    torch.manual_seed(seed)
+    net = TinyNet((8, 8, 8))
+    torch.nn.init.normal_(net.head.weight, std=0.3)
+    return save_anonymizer(path, net, {})
+
+
+def penaltyanon(*words, cwd): return subprocess.run([str(BIN/"penaltyanon"), *map(str, words)], capture_output=True, text=True, timeout=500, cwd=cwd)
+
+
+def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path):
+    student(tmp_path/"student.safetensors", 0)
+    export.export_onnx(tmp_path/"student.safetensors", tmp_path/"int8.onnx", "int8", frames=export.probe_frames(8, 32, 32))
+    words = ("sweep", "--preset", "smoke", "--methods", "int8.onnx", "student.safetensors", "--out", "runs")
+    first = penaltyanon(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    runs = {r.results["file"]["name"]: r for r in map(RunFolder.open, sorted(p.parent for p in tmp_path.glob("runs/*/DONE")))}
+    assert set(runs) == {"int8.onnx", "student.safetensors"}
+    for name, run in runs.items():
+        assert run.results["file"]["sha256"] == file_hash(tmp_path/name) and run.results["method"] == "file" and run.results["trainer"] is None
+        assert run.results["label"] == f"{name.split('.')[0]} {file_hash(tmp_path/name)[:6]}" and run.results["rms"]["clips"]["std"] > 0.05
+        assert not (run/"anonymizer.safetensors").exists(), "nothing is copied that may not be"
+    assert set(load_results(tmp_path/"runs").label) == {r.results["label"] for r in runs.values()}
+    assert measurements(tmp_path/"runs").networks.str.startswith("TinyNet").all()
+
+    student(tmp_path/"student.safetensors", 1)              # the same name, another network
+    later = penaltyanon("attack", "runs", "--protocol", "table6-pretrained-attacker", "--world", "puppets", "--tests", "raw-attacker", "--data-set",
+                        "vispr1=puppets-images:data/puppets-smoke", cwd=tmp_path)
+    assert later.returncode == 1 and "no longer the file this run was begun with" in later.stderr, later.stderr
+    assert {r.path.name for r in runs.values() if (r/"tests"/"raw-attacker.json").exists()} == {runs["int8.onnx"].path.name}
+    again = sweep.grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
+    assert again.anonymizer_weights.endswith(file_hash(tmp_path/"student.safetensors")[:12]) and again.anonymizer_weights not in [r.settings.anonymizer_weights for r in runs.values()]
+
+
+@pytest.mark.parametrize("word, code, says", [("none.onnx", 1, "none.onnx: no such file"), ("blurr", 2, "is unknown"), ("file", 2, "is unknown")])
+def test_what_is_no_anonymizer_is_one_line(tmp_path, word, code, says):
+    r = penaltyanon("sweep", "--preset", "smoke", "--methods", word, "--out", "runs", cwd=tmp_path)
+    assert r.returncode == code and says in r.stderr and len(r.stderr.strip().splitlines()) == 1 and not (tmp_path/"runs").exists()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 33), (48, 64)])
+def test_any_size_and_the_answer_of_the_network(tmp_path, height, width):
+    path = student(tmp_path/"student.safetensors", 2)
+    x, net = torch.rand(3, 3, height, width), load_anonymizer(path)[0]
+    with torch.no_grad(): y, exact = open_shipped(f"{path}#{file_hash(path)[:12]}")[0](x), net(((255*x).round()/255)).clamp(0, 1)
+    assert y.shape == x.shape and (y - exact).abs().max() <= 0.51/255
+    with pytest.raises(UserError, match="no longer the file"): open_shipped(f"{path}#{'f'*12}")
