@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'top1', 'privacy_scores', 'mean_score', 'bootstrap', 'Released', 'room', 'release_data', 'with_views',
-           'release_batch', 'attribute_loss', 'augment', 'fit', 'predict', 'score_actions', 'score_attributes',
-           'answer', 'utility', 'leakage', 'frames_of', 'evaluate', 'save_predictions', 'release_splits', 'held_out']
+           'release_batch', 'augment', 'fit', 'predict', 'score_actions', 'score_attributes', 'answer', 'utility',
+           'leakage', 'frames_of', 'evaluate', 'save_predictions', 'release_splits', 'held_out']
 
 # %% ../nbs/50_evaluation.ipynb #c002
 import io, shutil, tempfile, time, warnings
@@ -25,7 +25,7 @@ from .datasets import split_holdout
 from .anonymizers import anonymize_clip
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
 from .checkpoints import Keeper, keep_up
-from .losses import rms
+from .losses import attribute_loss, rms
 from .training import autocast, check_finite, clip_data, frame_data, pick_device, says_what_to_lower, set_mode
 
 # %% ../nbs/50_evaluation.ipynb #c005
@@ -141,15 +141,6 @@ def release_batch(
     y = y.float().clamp(0, 1)
     change = torch.stack([reduce(rms(flat, y, u), "(n v) -> n", "mean", n=len(x)) for u in UNITS]).cpu()
     return rearrange((255 * y).round().to(torch.uint8).cpu(), "(n v) ... -> n v ...", n=len(x)), change
-
-# %% ../nbs/50_evaluation.ipynb #c024
-def attribute_loss(
-    logits: Float[Tensor, "n k"],
-    labels: Float[Tensor, "n k"], # 0, 1, NaN for unknown
-) -> Float[Tensor, ""]:
-    "Binary cross-entropy over known labels."
-    known = ~labels.isnan()
-    return F.binary_cross_entropy_with_logits(logits[known], labels[known]) if known.any() else logits.sum() * 0
 
 # %% ../nbs/50_evaluation.ipynb #c026
 def augment(

@@ -18,6 +18,7 @@ from .core import TRAINED, Settings, UsageError, nearest
 from .datasets import ClipDataset, sample_indices
 from .anonymizers import Identity, UNet, UNetPP, load_anonymizer
 from .recognizers import PRIVACY_MODELS, build_model
+from .losses import attribute_loss
 from .obfuscation import OBFUSCATIONS, open_obfuscation
 from .stprivacy import SIZES, TokenAnonymizer, keep_rate_loss
 from .training import Batch, Method, Players, action_loss, action_player, against_strongest, clip_data, extra_privacy_step
@@ -35,10 +36,8 @@ def supervised(
     z: Float[Tensor, "two_m k"], # logits of one privacy network, first views first
     labels: Float[Tensor, "m k"], # 0, 1, NaN where unknown
 ) -> Float[Tensor, ""]: # L_B of that network
-    "Binary cross-entropy over the known labels (method.md 2.3)."
-    y = torch.cat([labels, labels])
-    known = ~y.isnan()
-    return F.binary_cross_entropy_with_logits(z[known].float(), y[known]) if known.any() else z.sum() * 0
+    "`attribute_loss`, both views of an image with its labels."
+    return attribute_loss(z, torch.cat([labels, labels]))
 
 # %% ../nbs/41_methods.ipynb #c011
 def confuse_surest(

@@ -5,6 +5,7 @@ from sklearn.metrics import average_precision_score
 from penaltyanon import evaluation as ev
 from penaltyanon.anonymizers import Identity
 from penaltyanon.core import resolve, seed_everything
+from penaltyanon.losses import attribute_loss
 from penaltyanon.recognizers import PRIVACY_MODELS, build_model
 
 CPU, S = torch.device("cpu"), resolve("smoke", precision="fp32", eval_batch=8)
@@ -59,7 +60,7 @@ def test_an_attacker_finds_what_is_there_and_nothing_else(f_A, sees):
     train, test = (ev.release_data(f_A, Frames(n, k), S, CPU, epochs=e, progress=False) for n, k, e in ((64, 0, 2), (100, 1, 1)))
     assert train.x.shape == (64, 2, 3, 16, 16) and train.x.dtype == torch.uint8
     net = build_model("r2d_small", 1, PRIVACY_MODELS)
-    net = ev.fit(net, train.x, train.attributes, torch.arange(64) % 8 == 0, ev.attribute_loss, 6, 3e-3, S, CPU, progress=False)
+    net = ev.fit(net, train.x, train.attributes, torch.arange(64) % 8 == 0, attribute_loss, 6, 3e-3, S, CPU, progress=False)
     scores = ev.privacy_scores(ev.predict(net, test.x, S, CPU).mean(1).numpy(), test.attributes.numpy(), ("bright",))
     assert (scores["bright"]["ap"] > 95) if sees else (scores["bright"]["ap"] < scores["bright"]["base"] + 1)
 
@@ -80,6 +81,6 @@ def test_the_epoch_is_chosen_on_held_out_training_data():
     r, rows = ev.release_data(Identity(), Frames(32, 0), S, CPU, progress=False), []
     noise = torch.rand(32, 1).round()
     held = torch.arange(32) % 4 == 0
-    net = ev.fit(build_model("r2d_small", 1, PRIVACY_MODELS), r.x, noise, held, ev.attribute_loss, 8, 1e-2, S, CPU, rows.append, progress=False)
-    kept = float(ev.attribute_loss(ev.predict(net, r.x[held], S, CPU).mean(1), noise[held]))
+    net = ev.fit(build_model("r2d_small", 1, PRIVACY_MODELS), r.x, noise, held, attribute_loss, 8, 1e-2, S, CPU, rows.append, progress=False)
+    kept = float(attribute_loss(ev.predict(net, r.x[held], S, CPU).mean(1), noise[held]))
     assert kept == pytest.approx(min(r["held_loss"] for r in rows), rel=1e-3)
