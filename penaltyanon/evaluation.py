@@ -74,6 +74,7 @@ def bootstrap(
 # %% ../nbs/50_evaluation.ipynb #c016
 UNITS = ("std", "pixel", "motion")      # of the RMS change that results report
 
+# %% ../nbs/50_evaluation.ipynb #h016
 @dataclass
 class Released:
     "An anonymized collection in memory."

@@ -7,8 +7,7 @@ __all__ = ['Shipped', 'open_shipped', 'anonymizer_of']
 
 # %% ../nbs/64_shipped.ipynb #c002
 from pathlib import Path
-import numpy as np
-import torch
+import numpy as np, torch
 import torch.nn as nn
 from einops import rearrange
 from jaxtyping import Float
@@ -22,8 +21,7 @@ from .methods import open_anonymizer
 class Shipped(nn.Module):
     "A model of `open_model` under the contract of every anonymizer. It has no gradient: it was trained elsewhere."
     def __init__(self, model: Anonymizer):
-        super().__init__()
-        self.model = model
+        super().__init__(); self.model = model
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]: # [0, 1], any size; multiples of 1/255
         "Frames as bytes, through the model, and back."
