@@ -61,7 +61,7 @@ def background(
             yield item
     finally:
         over.set()
-        thread.join(30)
+        if thread is not threading.current_thread(): thread.join(30)      # a forgotten reader may be collected in any thread, this one too
 
 # %% ../nbs/60_anonymize.ipynb #c010
 class Flicker:
