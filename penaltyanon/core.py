@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 'PRESETS', 'OWN', 'NO_BOUND', 'MACHINE', 'LATER',
-           'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
+           'SUFFIXES', 'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
            'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
-           'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'run_name',
-           'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'make_once', 'RunFolder', 'finished_runs']
+           'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'named_file',
+           'run_name', 'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'make_once', 'RunFolder',
+           'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -419,13 +420,23 @@ def settings_hash(
     "Hash over everything but the machine's fields."
     return _hash({k: v for k, v in _told(s).items() if k not in MACHINE})
 
+# %% ../nbs/00_core.ipynb #h051
+SUFFIXES = (".onnx", ".safetensors")     # of files that hold an anonymizer
+
+def named_file(
+    spec: str,   # path, or path#beginning of the file's SHA-256
+) -> tuple[Path, str]:   # the path; what the hash begins with, "" = not said
+    "Which file `method=file` is about."
+    path, _, stated = str(spec).partition("#")
+    return Path(path), stated
+
 # %% ../nbs/00_core.ipynb #c083
 def run_name(
     s: Settings,   # settings
 ) -> str:          # e.g. penalty-constraint-B0.3-lam1-s0-1a2b3c4d
     "Folder name of a run: method, backbone where it is not the penalty method's own, penalty, seed and hash."
     what = s.method if s.method not in TRAINED or (s.method == "penalty" and s.backbone == "unetpp") else f"{s.method}-{s.backbone}"
-    if s.method == "file": what = re.sub(r"[^\w.-]", "_", f"file-{Path(s.anonymizer_weights.partition('#')[0]).stem}")
+    if s.method == "file": what = re.sub(r"[^\w.-]", "_", f"file-{named_file(s.anonymizer_weights)[0].stem}")
     if s.method == "penalty": what += f"-{s.penalty}-B{s.B:g}-lam{s.lam:g}"
     return f"{what}-s{s.seed}-{settings_hash(s)}"
 

@@ -6,13 +6,12 @@
 __all__ = ['Shipped', 'open_shipped', 'anonymizer_of']
 
 # %% ../nbs/64_shipped.ipynb #c002
-from pathlib import Path
 import numpy as np, torch
 import torch.nn as nn
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from .core import TRAINED, RunFolder, UsageError, UserError
+from .core import TRAINED, RunFolder, UsageError, UserError, named_file
 from .deploy import check_file, open_model
 from .guards import Anonymizer
 from .methods import open_anonymizer
@@ -35,12 +34,12 @@ def open_shipped(
     device: str = "auto", # auto, cpu, cuda, cuda:1, mps
 ) -> tuple[Shipped, dict]: # the anonymizer in eval mode; its card, with `file`: name, sha256, architecture, precision
     "A file, opened as `penaltyanon anonymize` opens it; `UserError` where it is refused or another one than was asked about."
-    path, _, stated = str(spec).partition("#")
-    if not path: raise UsageError("method=file: say which one, e.g. anonymizer_weights=student.onnx")
-    check_file(Path(path))
-    model = open_model(path, device)
+    path, stated = named_file(spec)
+    if not path.name: raise UsageError("method=file: say which one, e.g. anonymizer_weights=student.onnx")
+    check_file(path)                        # open_model would take the name of a method as well
+    model = open_model(str(path), device)
     if not model.sha256.startswith(stated): raise UserError(f"{path}: is no longer the file this run was begun with ({stated}, now {model.sha256[:12]}); give it to a sweep again, which makes a new run")
-    about = dict(name=Path(path).name, sha256=model.sha256, **{k: model.card[k] for k in ("architecture", "precision") if k in model.card})
+    about = dict(name=path.name, sha256=model.sha256, **{k: model.card[k] for k in ("architecture", "precision") if k in model.card})
     return Shipped(model).eval(), {**model.card, "file": about}
 
 # %% ../nbs/64_shipped.ipynb #c013

@@ -144,7 +144,7 @@ def test_ci_runs_the_test_command():
 
 def test_no_notebook_tells_where_a_machine_kept_its_files():
     here = re.compile(r"/(?:work|root|home|Users)/[\w.-]+")        # temporary folders may be named
-    told = {name(ROOT/f): found[:3] for f in repository_files() if f.suffix == ".ipynb" and (found := here.findall((ROOT/f).read_text()))}
+    told = {str(f): found[:3] for f in repository_files() if f.suffix == ".ipynb" and (found := here.findall((ROOT/f).read_text()))}
     assert not told, told
 
 

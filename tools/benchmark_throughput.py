@@ -6,7 +6,7 @@ All rows take turns, so that a busy machine is unfair to nobody; the table shows
 named with its reason, in the JSON too, and the exit code is 1; the other rows are measured all the same.
 `model` is frames in memory to frames in memory; `file` is video in, video out, with decoding and encoding, without starting the program.
 10 to 15 minutes on two idle cores. deface (PyPI, CenterFace) is installed by pip into a folder of its own, together with the onnxruntime that makes it fast."""
-import argparse, json, os, platform, subprocess, sys, tempfile, time, venv
+import argparse, os, platform, subprocess, sys, tempfile, time, venv
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +36,7 @@ import av, numpy as np, torch
 from penaltyanon import student as _
 from penaltyanon.anonymize import Options, anonymize_file
 from penaltyanon.anonymizers import load_anonymizer
+from penaltyanon.core import write_json
 from penaltyanon.distill import distill, fidelity, gmacs, sample_frames
 from penaltyanon.export import export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
 from penaltyanon.guards import Anonymizer
@@ -44,6 +45,7 @@ from penaltyanon.streams import Facts, Picture, Writer, decode
 from penaltyanon.training import has_fast_bf16
 
 torch.set_num_threads(args.cores)
+BF16 = has_fast_bf16(torch.device("cpu"))       # else it is emulated, and no row
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
 
 
@@ -99,7 +101,7 @@ def networks(tmp: Path) -> tuple[dict, dict]:
     if not args.student: distill(args.model, path, args.data, args.steps)
     (f_A, _), frames = load_anonymizer(args.model), sample_frames(args.data, 12, 240, 320)
     runs, cards = {"f_A, PyTorch fp32": torch_anonymizer(f_A)}, {}
-    if has_fast_bf16(torch.device("cpu")): runs["f_A, PyTorch bf16"] = bf16(load_anonymizer(args.model)[0])      # else it is emulated, and no row
+    if BF16: runs["f_A, PyTorch bf16"] = bf16(load_anonymizer(args.model)[0])
     runs["student, PyTorch fp32"] = torch_anonymizer(load_anonymizer(path)[0])
     for name, model in {"f_A": args.model, "student": path}.items():
         for precision in ("fp32", "int8"):
@@ -193,8 +195,8 @@ def against_flops(f_A, results: dict, rates: dict) -> dict:
 
 def main():
     began, cpu = os.getloadavg(), next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
-    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(torch.device("cpu")) else {})
-    results, rates, failed = {}, {k: [] for k in kinds}, {}
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if BF16 else {})
+    f_A, results, rates, failed = load_anonymizer(args.model)[0], {}, {k: [] for k in kinds}, {}
     with tempfile.TemporaryDirectory() as folder:
         runs, cards = networks(Path(folder))
         for size in args.sizes:
@@ -202,8 +204,8 @@ def main():
             results[size] = measure(size, runs, Path(folder), failed)
             for k, t in kinds.items(): rates[k].append(matmul_rate(t))
             report = {"cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "date": str(date.today()), "load": [began, os.getloadavg()],
-                      "matmul_gflops": rates, "f_A": against_flops(load_anonymizer(args.model)[0], results, rates), "cards": cards, "failed": failed, "fps": results}
-            if args.out: Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+                      "matmul_gflops": rates, "f_A": against_flops(f_A, results, rates), "cards": cards, "failed": failed, "fps": results}
+            if args.out: write_json(args.out, report)
             if args.markdown: Path(args.markdown).write_text(table(results) + "\n")
     print(f"\n{table(results)}\n\nmatmul GFLOP/s: {rates}\nf_A against its FLOPs: {report['f_A']}\ncards: {cards}\nload before {began}, after {os.getloadavg()}")
     if failed: sys.exit("failed: " + "; ".join(f"{k} ({v})" for k, v in failed.items()))

@@ -27,11 +27,11 @@ if __name__ == "__main__":
     args = p.parse_args()
     sources = sorted(f for f in args.source.rglob("*") if f.suffix in (".avi", ".mp4", ".mkv"))
     report = read_json(args.report)
-    frames, starts, different, worst = 0, Counter(), [], Counter()
+    frames, starts, different, worst = 0, Counter(), [], dict(shift=0.0, stream=0.0, file=0.0)
     for f in sources:
         (a, step, long, whole), (b, _, long_b, whole_b) = times(f), times(args.target/f.relative_to(args.source))
         off = dict(shift=max((abs(x - a[0] - y + b[0]) for x, y in zip(a, b)), default=0.0), stream=abs(long - long_b), file=abs(whole - whole_b))
-        frames, worst = frames + len(b), Counter({k: max(worst[k], off[k]) for k in off})
+        frames, worst = frames + len(b), {k: max(worst[k], off[k]) for k in off}
         starts[f"{a[0]:.3f} s -> {b[0]:.3f} s"] += 1
         if len(a) != len(b) or max(off["shift"], off["stream"]) > step/2 or b[0]: different.append(str(f.relative_to(args.source)))
     listed = sum(int(r["frames_decoded"]) for r in csv.DictReader(open(args.clips))) if args.clips else None
