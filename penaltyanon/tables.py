@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINED', 'APART', 'BRIEF', 'ORDER', 'NETS', 'OURS', 'BEYOND', 'BETTER', 'NOTHING_KEPT', 'TEX', 'loader', 'networks',
            'row_names', 'order', 'measurements', 'matches', 'own_name', 'questions', 'answers', 'cell',
-           'rows_of_lambda', 'heading', 'beside', 'Predictions', 'load_predictions', 'in_step', 'counts', 'accuracies',
-           'precisions', 'mean_precisions', 'Difference', 'difference', 'paired', 'compare', 'differences',
-           'above_base', 'hypervolume', 'share', 'tex', 'mark', 'to_markdown', 'to_latex', 'Table', 'measured_on',
-           'make_table', 'export_table', 'publish']
+           'rows_of_lambda', 'heading', 'beside', 'Predictions', 'load_predictions', 'in_step', 'Difference',
+           'difference', 'paired', 'compare', 'differences', 'above_base', 'hypervolume', 'share', 'tex', 'mark',
+           'to_markdown', 'to_latex', 'Table', 'measured_on', 'make_table', 'export_table', 'publish']
 
 # %% ../nbs/76_tables.ipynb #c002
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from .core import UserError, atomic_write, finished_runs, read_json, settings_dict
+from .intervals import accuracies, counts, mean_precisions
 from .paper import COLUMNS, footnotes, paper_wide, slips
 from .report import INTERVALS, conditions, load_results, locate, missing, save
 
@@ -274,51 +274,6 @@ def in_step(
         if not np.array_equal(p.labels, out[0].labels, equal_nan=p.labels.dtype.kind == "f"): raise UserError("the same test records carry other labels in two runs; compare runs that were tested on the same data")
     return out
 
-# %% ../nbs/76_tables.ipynb #c055
-def counts(
-    n: int,               # test records, >= 1
-    repeats: int = 1000,  # resamples
-    seed: int = 0,
-) -> Float[np.ndarray, "r n"]:   # r = repeats + 1; the first line is the test set itself
-    "How often each record is drawn in each bootstrap resample"
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), repeats)
-    return np.concatenate([np.ones((1, n)), drawn]).astype(np.float32)
-
-# %% ../nbs/76_tables.ipynb #c056
-def accuracies(
-    p: Predictions,
-    w: Float[np.ndarray, "r n"],   # from `counts`
-) -> Float[np.ndarray, "r"]:       # percent
-    "Top-1 of every resample"
-    return 100*(w @ (p.scores.argmax(1) == p.labels))/w.sum(1)
-
-# %% ../nbs/76_tables.ipynb #c058
-def precisions(
-    scores: Float[np.ndarray, "n"],
-    labels: Float[np.ndarray, "n"],   # 0 or 1
-    w: Float[np.ndarray, "r n"],
-) -> Float[np.ndarray, "r"]:          # [0, 1]; NaN where a resample holds only one of the two labels
-    "Average precision of every resample"
-    i = np.argsort(-scores, kind="stable")
-    s, hits, all_ = scores[i], (w[:, i]*labels[i]).cumsum(1), w[:, i].cumsum(1)
-    ends = np.append(s[1:] != s[:-1], True)
-    hits, all_ = hits[:, ends], all_[:, ends]
-    P, N = hits[:, -1], all_[:, -1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ap = (np.diff(hits, axis=1, prepend=0)*np.where(all_ > 0, hits/all_, 0)).sum(1)/P
-    return np.where((P > 0) & (P < N), ap, np.nan)
-
-# %% ../nbs/76_tables.ipynb #c059
-def mean_precisions(
-    p: Predictions,                # of an attribute attacker
-    w: Float[np.ndarray, "r n"],   # from `counts`
-) -> Float[np.ndarray, "r"]:       # percent
-    "cMAP of every resample: the mean over attributes that can be measured in it"
-    known = ~np.isnan(p.labels)
-    each = np.stack([precisions(p.scores[k, j], p.labels[k, j], w[:, k]) if k.any() else np.full(len(w), np.nan) for j, k in enumerate(known.T)])
-    measurable = ~np.isnan(each)
-    with np.errstate(invalid="ignore"): return 100*np.where(measurable, each, 0).sum(0)/measurable.sum(0)
-
 # %% ../nbs/76_tables.ipynb #c062
 @dataclass(frozen=True)
 class Difference:
@@ -359,7 +314,7 @@ def paired(
     "Compare two runs on the same test set, records matched by name"
     if len(ours) != len(theirs) or not ours: raise UserError(f"{len(ours)} and {len(theirs)} runs: a paired comparison needs the same seeds on both sides")
     p = in_step([*ours, *theirs])
-    scores = np.stack([score(x, w) for w in [counts(len(p[0].names), repeats)] for x in p])
+    scores = np.stack([score(x.scores, x.labels, w) for w in [counts(len(p[0].names), repeats)] for x in p])
     return difference(scores[:len(ours)], scores[len(ours):], len(p[0].names))
 
 # %% ../nbs/76_tables.ipynb #c070
@@ -373,7 +328,7 @@ def _resampled(found, repeats):
     if not kept: return {}, 0
     same, score = in_step(list(kept.values())), accuracies if found.kind.iloc[0] == "action" else mean_precisions
     w = counts(len(same[0].names), repeats)
-    return {k: score(p, w) for k, p in zip(kept, same)}, len(same[0].names)
+    return {k: score(p.scores, p.labels, w) for k, p in zip(kept, same)}, len(same[0].names)
 
 # %% ../nbs/76_tables.ipynb #c072
 def compare(

@@ -5,6 +5,7 @@ from sklearn.metrics import average_precision_score
 from penaltyanon import evaluation as ev
 from penaltyanon.anonymizers import Identity
 from penaltyanon.core import resolve, seed_everything
+from penaltyanon.intervals import accuracies, counts, interval
 from penaltyanon.losses import attribute_loss
 from penaltyanon.recognizers import PRIVACY_MODELS, build_model
 
@@ -34,8 +35,8 @@ def test_the_bootstrap_covers_about_95_percent():
     rng, inside = np.random.default_rng(0), 0
     for k in range(200):
         hits = rng.random(100) < 0.7
-        low, high = ev.bootstrap(lambda i: hits[i].mean(), 100, 300, seed=k)
-        inside += low <= 0.7 <= high
+        low, high = interval(accuracies(np.eye(2)[hits.astype(int)], np.ones(100, int), counts(100, 300, seed=k)))
+        inside += low <= 70 <= high
     assert 180 <= inside <= 199
 
 

@@ -150,7 +150,7 @@ def test_a_plain_bootstrap_says_the_same():
 def test_unknown_labels_are_left_out():
     y = np.array([[1, np.nan], [0, 1], [1, 0], [0, np.nan]], float)
     p = tables.Predictions(np.array([[.9, 9], [.8, 1], [.7, 2], [.1, -9]]), y, np.arange(4).astype(str))
-    assert tables.mean_precisions(p, tables.counts(4, 3))[0] == pytest.approx(100*((1 + 2/3)/2 + 1/2)/2)
+    assert tables.mean_precisions(p.scores, p.labels, tables.counts(4, 3))[0] == pytest.approx(100*((1 + 2/3)/2 + 1/2)/2)
 
 
 def test_hypervolume_equals_a_grid():
