@@ -29,6 +29,8 @@ class Server:
 
     def over(self): return int(self.process.stdout.readline())      # the status of the attempt: 0, or the signal
 
+    def stop(self): self.process.stdin.close(); self.process.wait(20)
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -39,7 +41,7 @@ def lab(tmp_path_factory):
     def cell(**more): return resolve("smoke", **(base | more))
     sweep.prepare_data(cell())
     yield lab, server, cell
-    server.process.stdin.close(); server.process.wait(20)
+    server.stop()
 
 
 def timeless(x):

@@ -7,7 +7,7 @@ from penaltyanon import sweep
 from penaltyanon.cluster import number, queue, run_on, submit
 from penaltyanon.core import RunFolder, let_go, read_json, read_rows
 from penaltyanon.status import cancel, jobs_in
-from test_resume import timeless
+from test_resume import Server, timeless
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 found = {p: shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for p in PROGRAMS}
@@ -107,7 +107,7 @@ def cells(tmp_path_factory):
     cells = sweep.grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", save_minutes=0.0, bootstrap=20)
     sweep.prepare_data(cells[0])
     assert len(cells) == 6
-    return [replace(s, steps=80, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one game long enough to be killed in
+    return [replace(s, steps=40, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one game long enough to be killed in
 
 
 def claims(root, s):
@@ -116,7 +116,7 @@ def claims(root, s):
 
 
 def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path):
-    "Six jobs in an array; one is killed in its game and requeued by the scheduler; all results are those of a local sweep."
+    "Six jobs in an array; one is killed in its game and requeued by the scheduler; all results are those of the same notebooks without a scheduler."
     root, how = tmp_path/"slurm", dict(jobs=2, options=dict(timeout_min=20, requeue=True))
     todo = sweep.jobs_of(cells, root)
     submit(todo, root, how, retries=0)
@@ -131,8 +131,11 @@ def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path):
     assert {j.state for j in done} <= {"done", "kept"}, [(j.path.name, j.reason) for j in done]
     assert list((victim.path/"attempts").glob("train_anonymizer-*.ipynb")), "the attempt that was killed is kept"
     assert read_json(victim.path/"env.json")["resumed"], "and the second went on from its checkpoint"
-    local = tmp_path/"local"
-    assert {j.state for j in sweep.run_jobs(cells, local)} == {"done"}
+    local, server = tmp_path/"local", Server(tmp_path/"log")                   # the same notebooks, without a scheduler
+    for s in cells:
+        server.start(s, local)
+        assert server.over() == 0, server.log.read_text()[-2000:]
+    server.stop()
     for s in cells: assert claims(root, s) == claims(local, s), sweep.run_name(s)
     assert {j.state for j in run_on("slurm", cells, root)} == {"kept"} and {j.state for j in jobs_in(root)} == {"done"}
 
