@@ -14,6 +14,7 @@ def lesson(path, log):
     "What nbdev_test does with one notebook, its words in a file."
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1); os.dup2(said, 2)
+    multiprocessing.set_start_method(None, force=True)       # as in a fresh interpreter: workers of a DataLoader are not to come from the fork server
     from nbdev.test import test_nb
     sys.exit(not test_nb(path, skip_flags=get_config().tst_flags.split(), do_print=True, basepath=ROOT)[0])
 
