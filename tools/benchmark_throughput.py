@@ -6,7 +6,7 @@ All rows take turns, so that a busy machine is unfair to nobody; the table shows
 named with its reason, in the JSON too, and the exit code is 1; the other rows are measured all the same.
 `model` is frames in memory to frames in memory; `file` is video in, video out, with decoding and encoding, without starting the program.
 10 to 15 minutes on two idle cores. deface (PyPI, CenterFace) is installed by pip into a folder of its own, together with the onnxruntime that makes it fast."""
-import argparse, os, platform, subprocess, sys, tempfile, time, venv
+import argparse, os, platform, statistics, subprocess, sys, tempfile, time, venv
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
@@ -46,6 +46,7 @@ from penaltyanon.training import has_fast_bf16
 
 torch.set_num_threads(args.cores)
 BF16 = has_fast_bf16(torch.device("cpu"))       # else it is emulated, and no row
+TYPES = {"f_A, PyTorch fp32": torch.float32, "f_A, PyTorch bf16": torch.bfloat16, "f_A, ONNX fp32": torch.float32}      # rows that are compared with matrix products
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
 
 
@@ -144,7 +145,8 @@ def wanted(name): return not args.only or any(o in name for o in args.only)
 
 
 def measure(size: str, runs: dict, tmp: Path, failed: dict) -> dict:
-    "row -> {'model': [fps, ...], 'file': [fps, ...]}; a row that fails once is named in `failed` and left out from then on"
+    """row -> {'model': [fps, ...], 'file': [fps, ...]}; a row that fails once is named in `failed` and left out from then on.
+    f_A's rows have 'matmul' too: the machine's rate in GFLOP/s just before and after each, because it may vary by a factor of two between minutes."""
     w, h = map(int, size.split("x"))
     count = max(16, min(args.frames, args.frames*320*240//(w*h)))
     source, few, out = clip(tmp/f"{size}.mp4", w, h, count), clip(tmp/f"{size}-few.mp4", w, h, 5), tmp/"out.mp4"
@@ -163,7 +165,10 @@ def measure(size: str, runs: dict, tmp: Path, failed: dict) -> dict:
     for _ in range(args.rounds):
         for row, run in runs.items():
             if not wanted(row): continue
+            kind = TYPES.get(row)
+            before = kind and matmul_rate(kind)
             add(row, "model", lambda: through_memory(run, frames))
+            if kind and row in found: found[row].setdefault("matmul", []).append(round((before + matmul_rate(kind))/2, 1))
             add(row, "file", lambda: through_file(run, source, out))
         if python: add("deface", "file", deface)
         add("decode only", "file", lambda: only_decode(source))
@@ -181,33 +186,29 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def against_flops(f_A, results: dict, rates: dict) -> dict:
-    "What f_A's rows reach of the frame rate that its FLOPs and the machine's matrix products allow"
-    rows, flops = {"fp32": ("f_A, PyTorch fp32", "f_A, ONNX fp32"), "bf16": ("f_A, PyTorch bf16",)}, {}
+def against_flops(f_A, results: dict) -> dict:
+    "What f_A reaches of the frame rate that its FLOPs and a large matrix product, measured around it, allow: in every round, and the median"
+    out = {}
     for size, found in results.items():
         w, h = map(int, size.split("x"))
         cost = 2*gmacs(f_A, h, w)
-        limit = {k: max(rates[k])/cost for k in rates}
-        flops[size] = {"gflop": round(cost, 2), **{row: {"limit_fps": round(limit[k], 2), "reached": round(max(found[row]["model"])/limit[k], 3)}
-                                                   for k in limit for row in rows[k] if found.get(row, {}).get("model")}}
-    return flops
+        shares = {row: [round(fps*cost/rate, 3) for fps, rate in zip(found[row]["model"], found[row]["matmul"])] for row in TYPES if row in found}
+        out[size] = {"gflop": round(cost, 2)} | {row: {"reached": s, "median": round(statistics.median(s), 3)} for row, s in shares.items()}
+    return out
 
 
 def main():
     began, cpu = os.getloadavg(), next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
-    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if BF16 else {})
-    f_A, results, rates, failed = load_anonymizer(args.model)[0], {}, {k: [] for k in kinds}, {}
+    f_A, results, failed = load_anonymizer(args.model)[0], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         runs, cards = networks(Path(folder))
         for size in args.sizes:
-            for k, t in kinds.items(): rates[k].append(matmul_rate(t))
             results[size] = measure(size, runs, Path(folder), failed)
-            for k, t in kinds.items(): rates[k].append(matmul_rate(t))
             report = {"cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "date": str(date.today()), "load": [began, os.getloadavg()],
-                      "matmul_gflops": rates, "f_A": against_flops(f_A, results, rates), "cards": cards, "failed": failed, "fps": results}
+                      "f_A": against_flops(f_A, results), "cards": cards, "failed": failed, "fps": results}
             if args.out: write_json(args.out, report)
             if args.markdown: Path(args.markdown).write_text(table(results) + "\n")
-    print(f"\n{table(results)}\n\nmatmul GFLOP/s: {rates}\nf_A against its FLOPs: {report['f_A']}\ncards: {cards}\nload before {began}, after {os.getloadavg()}")
+    print(f"\n{table(results)}\n\nf_A against its FLOPs: {report['f_A']}\ncards: {cards}\nload before {began}, after {os.getloadavg()}")
     if failed: sys.exit("failed: " + "; ".join(f"{k} ({v})" for k, v in failed.items()))
 
 
