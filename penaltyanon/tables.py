@@ -19,7 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from .core import UserError, atomic_write, finished_runs, read_json, settings_dict
-from .intervals import accuracies, counts, mean_precisions
+from .intervals import accuracies, counts, interval, mean_precisions
 from .paper import COLUMNS, footnotes, paper_wide, slips
 from .report import INTERVALS, conditions, load_results, locate, missing, save
 
@@ -301,8 +301,7 @@ def difference(
 ) -> Difference:
     "The paired bootstrap: the mean over seeds of per-seed differences, in every resample"
     d = (np.asarray(ours) - np.asarray(theirs)).mean(0)
-    lo, hi = np.nanpercentile(d[1:], [2.5, 97.5]) if n > 1 and len(d) > 1 and not np.isnan(d[1:]).all() else (np.nan, np.nan)
-    return Difference(float(d[0]), float(lo), float(hi), n, len(ours))
+    return Difference(float(d[0]), *(interval(d) if n > 1 else (np.nan, np.nan)), n, len(ours))
 
 # %% ../nbs/76_tables.ipynb #c065
 def paired(

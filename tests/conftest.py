@@ -8,7 +8,7 @@ LIBRARY = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
 RUNS = sorted(ROOT.glob("nbs/runs/*.ipynb"))
 FIGURES = sorted(ROOT.glob("nbs/figures/*.ipynb"))
 SHARED = Path(os.environ.get("PENALTYANON_SHARED") or ROOT.parent/"shared"/"data")    # real clips and weights, where they are
-BIN = Path(sys.executable).parent       # nbdev_test and its kind; called as functions they would ignore their arguments
+BIN = Path(sys.executable).parent       # nbdev_export and its kind; called as functions they would ignore their arguments
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
