@@ -88,7 +88,7 @@ class Keeper:
         self.writes = writes
         self.path, self.settings, self.log, self.say, self.matters = Path(path), settings, Path(log) if log else None, say, matters
         self.previous, self.began, self.saved = self.path.with_name(f"{self.path.name}.previous"), time.monotonic(), time.monotonic()
-        self.stage, self.state, self.random, self.done, self.earlier = "", None, None, {}, 0.0
+        self.stage, self.state, self.random, self.done, self.earlier, self.cost = "", None, None, {}, 0.0, 0.0
         for left in () if not writes else self.path.parent.glob(f".{self.path.name}.*.tmp"): left.unlink()     # of a kill while writing
         found = newest((self.path, self.previous), say)
         if found: self._take_up(found)
@@ -113,12 +113,13 @@ class Keeper:
     ):
         "Write a checkpoint; the last one becomes the one before."
         if not self.writes: self.stage = self.stage or stage; return
-        rows = self._rows()
+        rows, start = self._rows(), time.monotonic()
         data = pack(dict(stage=stage, state=state, random=random_state(), done=self.done, seconds=self.seconds(), rows=rows, settings=settings_dict(self.settings)))
         fresh = atomic_write(self.path.with_name(f"{self.path.name}.new"), data)
         if self.path.exists(): os.replace(self.path, self.previous)
         os.replace(fresh, self.path)
         self.saved = time.monotonic()
+        self.cost = self.saved - start
 
     def take(self, stage: str) -> dict | None:
         "The state of this stage where it was interrupted, the random numbers put back; None where it begins anew."
@@ -130,6 +131,10 @@ class Keeper:
     def due(self) -> bool:
         "Is it time for another one?"
         return time.monotonic() - self.saved >= 60 * self.settings.save_minutes
+
+    def cheap(self) -> bool:
+        "Would another one now take at most a twentieth of the time?"
+        return time.monotonic() - self.saved >= 20 * self.cost
 
     def seconds(self) -> float:
         "Of work so far, over all attempts."
@@ -146,5 +151,5 @@ def keep_up(
     whole: bool,           # is an epoch, or the stage, complete?
     state,                 # () -> dict, asked only when it is needed
 ):
-    "Write a checkpoint when an epoch is whole or the clock says so."
-    if keep and (whole or keep.due()): keep.save(stage, state())
+    "Write a checkpoint when an epoch is whole and writing is cheap, or the clock says so."
+    if keep and (keep.due() or whole and keep.cheap()): keep.save(stage, state())

@@ -155,10 +155,11 @@ def _cpu() -> str:
 
 # %% ../nbs/00_core.ipynb #c035
 def capture_env(
-    device: str = "cpu",   # device of the run: "cpu", "cuda", "cuda:1", "mps"
+    device: str = "cpu",   # device of the run: "cpu", "cuda", "cuda:1", "mps"; "auto" is said as what it becomes here
 ) -> dict:                 # goes to env.json
     "Versions, machine, commit and date."
     import torch
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = str(device).startswith("cuda") and torch.cuda.is_available()
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
             "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),

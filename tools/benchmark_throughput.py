@@ -23,6 +23,7 @@ def arguments():
     p.add_argument("--frames", type=int, default=100, help="in a file of 320x240; fewer in larger ones, at least 16")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--cores", type=int, default=2)
+    p.add_argument("--device", default="cpu", help="cpu or cuda; on a GPU only what PyTorch runs there is measured")
     p.add_argument("--only", nargs="+", default=[], help="rows whose names contain one of these")
     p.add_argument("--out", default="", help="JSON with every number; written after each size, so that what is measured is kept")
     p.add_argument("--markdown", default="", help="the table, as it is printed")
@@ -37,6 +38,7 @@ from penaltyanon import student as _
 from penaltyanon.anonymize import Options, anonymize_file
 from penaltyanon.anonymizers import load_anonymizer
 from penaltyanon.core import write_json
+from penaltyanon.deploy import pick_device, torch_runner
 from penaltyanon.distill import distill, fidelity, gmacs, sample_frames
 from penaltyanon.export import export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
 from penaltyanon.guards import Anonymizer
@@ -45,7 +47,8 @@ from penaltyanon.streams import Facts, Picture, Writer, decode
 from penaltyanon.training import has_fast_bf16
 
 torch.set_num_threads(args.cores)
-BF16 = has_fast_bf16(torch.device("cpu"))       # else it is emulated, and no row
+DEVICE = pick_device(args.device)
+BF16 = has_fast_bf16(torch.device(DEVICE))       # else it is emulated, and no row
 TYPES = {"f_A, PyTorch fp32": torch.float32, "f_A, PyTorch bf16": torch.bfloat16, "f_A, ONNX fp32": torch.float32}      # rows that are compared with matrix products
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
 
@@ -62,11 +65,16 @@ def clip(path: Path, width: int, height: int, frames: int) -> Path:
     return path
 
 
+def runner(net):
+    "Bytes to bytes by PyTorch, on the CPU or the GPU"
+    return torch_anonymizer(net) if DEVICE == "cpu" else torch_runner(net, DEVICE)
+
+
 def bf16(net):
-    "PyTorch in bfloat16, channels last: f_A at its fastest on a CPU that has the instructions"
-    run = torch_anonymizer(net.to(memory_format=torch.channels_last))
+    "PyTorch in bfloat16, channels last: f_A at its fastest on a machine that has the instructions"
+    run = runner(net.to(memory_format=torch.channels_last))
     def anonymize(frames):
-        with torch.autocast("cpu", torch.bfloat16): return run(frames)
+        with torch.autocast(DEVICE, torch.bfloat16): return run(frames)
     return anonymize
 
 
@@ -101,16 +109,16 @@ def networks(tmp: Path) -> tuple[dict, dict]:
     path = args.student or str(tmp/"student.safetensors")
     if not args.student: distill(args.model, path, args.data, args.steps)
     (f_A, _), frames = load_anonymizer(args.model), sample_frames(args.data, 12, 240, 320)
-    runs, cards = {"f_A, PyTorch fp32": torch_anonymizer(f_A)}, {}
+    runs, cards = {"f_A, PyTorch fp32": runner(f_A)}, {}
     if BF16: runs["f_A, PyTorch bf16"] = bf16(load_anonymizer(args.model)[0])
-    runs["student, PyTorch fp32"] = torch_anonymizer(load_anonymizer(path)[0])
-    for name, model in {"f_A": args.model, "student": path}.items():
+    runs["student, PyTorch fp32"] = runner(load_anonymizer(path)[0])
+    for name, model in {"f_A": args.model, "student": path}.items() if DEVICE == "cpu" else ():
         for precision in ("fp32", "int8"):
             row = f"{name}, ONNX {precision}"
             cards[row] = export_onnx(model, tmp/f"{name}-{precision}.onnx", precision, frames=frames)["difference"]
             runs[row] = onnx_anonymizer(tmp/f"{name}-{precision}.onnx", threads=args.cores)
-    runs["blur-strong"] = torch_anonymizer(OBFUSCATIONS["blur-strong"]().eval())
-    cards["student"] = fidelity(runs["student, ONNX fp32"], runs["f_A, PyTorch fp32"], sample_frames(args.data, 6, 240, 320, 1, "test"))
+    runs["blur-strong"] = runner(OBFUSCATIONS["blur-strong"]().eval())
+    cards["student"] = fidelity(runs["student, PyTorch fp32"], runs["f_A, PyTorch fp32"], sample_frames(args.data, 6, 240, 320, 1, "test"))
     return runs, cards
 
 
@@ -165,7 +173,7 @@ def measure(size: str, runs: dict, tmp: Path, failed: dict) -> dict:
     for _ in range(args.rounds):
         for row, run in runs.items():
             if not wanted(row): continue
-            kind = TYPES.get(row)
+            kind = TYPES.get(row) if DEVICE == "cpu" else None      # convolutions of a GPU run in TF32 or bfloat16: no one rate to compare with
             before = kind and matmul_rate(kind)
             add(row, "model", lambda: through_memory(run, frames))
             if kind and row in found: found[row].setdefault("matmul", []).append(round((before + matmul_rate(kind))/2, 1))
@@ -192,7 +200,7 @@ def against_flops(f_A, results: dict) -> dict:
     for size, found in results.items():
         w, h = map(int, size.split("x"))
         cost = 2*gmacs(f_A, h, w)
-        shares = {row: [round(fps*cost/rate, 3) for fps, rate in zip(found[row]["model"], found[row]["matmul"])] for row in TYPES if row in found}
+        shares = {row: [round(fps*cost/rate, 3) for fps, rate in zip(found[row]["model"], found[row]["matmul"])] for row in TYPES if "matmul" in found.get(row, {})}
         out[size] = {"gflop": round(cost, 2)} | {row: {"reached": s, "median": round(statistics.median(s), 3)} for row, s in shares.items()}
     return out
 
@@ -204,7 +212,7 @@ def main():
         runs, cards = networks(Path(folder))
         for size in args.sizes:
             results[size] = measure(size, runs, Path(folder), failed)
-            report = {"cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "date": str(date.today()), "load": [began, os.getloadavg()],
+            report = {"device": torch.cuda.get_device_name() if DEVICE.startswith("cuda") else cpu, "cpu": cpu, "cores": args.cores, "torch": torch.__version__, "av": av.__version__, "frames": args.frames, "date": str(date.today()), "load": [began, os.getloadavg()],
                       "f_A": against_flops(f_A, results), "cards": cards, "failed": failed, "fps": results}
             if args.out: write_json(args.out, report)
             if args.markdown: Path(args.markdown).write_text(table(results) + "\n")
