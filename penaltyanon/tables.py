@@ -448,7 +448,7 @@ def make_table(
     gaps = [*missing(df, root), *([f"no run for {', '.join(absent)}"] if absent else [])]
     notes = differences(name, m, reference, repeats)
     kept = (notes != NOTHING_KEPT).any(axis=None) if notes.size else False
-    paired_ = (f"Differences from {reference}: paired bootstrap over test records, mean over the seeds both have; no correction for their number." if kept else f"Differences from {reference}: {NOTHING_KEPT}.")
+    paired_ = (f"Differences from {reference}: paired bootstrap over test records, mean over the seeds both have; no correction for their number." if kept else f"Differences from {reference}: {NOTHING_KEPT if notes.size else 'there is no such row here'}.")
     ours = f"Ours: {measured_on(asked)}. {conditions(df)} {INTERVALS} ± is the standard deviation over seeds, — no run." if any(map(len, asked.values())) else "No run of ours."
     return Table(name, beside(name, m), notes, "\n".join([f"{ours} {paired_}", *footnotes(name)]), gaps)
 

@@ -2,7 +2,7 @@
 
 One JSON line in: {"notebooks": [...], "parameters": {...}, "log": path, "die_at": n or null}; the child's pid comes back at once, its exit
 status when it is over. `die_at` kills the child with SIGKILL at its n-th flush to the disk or rename: in the middle of writing a file."""
-import json, os, signal, sys, warnings
+import json, multiprocessing, os, signal, sys, warnings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import matplotlib
 matplotlib.use("Agg")
@@ -35,6 +35,12 @@ def attempt(notebooks, parameters, log, die_at):
             if cell["cell_type"] != "code": continue
             exec(compile("".join(cell["source"]), path, "exec"), space)
             if "parameters" in cell["metadata"].get("tags", []): space |= parameters
+
+
+def notebook(path, parameters, log):
+    "The same for one notebook in a process of conftest's fork server."
+    multiprocessing.set_start_method(None, force=True)       # as in a fresh interpreter: workers of a DataLoader are not to come from the fork server
+    attempt([path], parameters, log, None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 "Shared by all tests: where the repository is, which notebooks it has, and a copy of it to try things on."
-import os, shutil, subprocess, sys
+import multiprocessing, os, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
 
@@ -50,6 +50,42 @@ LONG = "test_slurm test_notebooks test_resume test_shipped test_wheel test_proto
 def pytest_collection_modifyitems(items):
     "Long files first, so that two workers end at about the same time."
     items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    "Processes forked from one that has the libraries already: importing them anew for every notebook took a third of the time."
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["attempts", "nbdev.test", "penaltyanon.report", "penaltyanon.shipped", "penaltyanon.tables", "penaltyanon.trainer"])
+    return fork
+
+
+@pytest.fixture(scope="session")
+def follow(processes):
+    "`sweep.follow` without papermill: a notebook in a forked process, a generator that ends with it."
+    import attempts
+    from penaltyanon.core import UserError
+    from penaltyanon.sweep import find_notebook
+    def follow(name, parameters, log):
+        p = processes.Process(target=attempts.notebook, args=(str(find_notebook(name)), parameters, str(log)))
+        p.start()
+        try:
+            while p.is_alive(): yield
+            p.join()
+        finally: p.kill()
+        if p.exitcode: raise UserError(f"{name}: {log.read_text()[-4000:]}")
+    return follow
+
+
+@pytest.fixture(scope="session")
+def work(follow):
+    "`sweep.work` without papermill: the notebooks of a job, then its protocol's attacks."
+    from penaltyanon import sweep
+    def work(job):
+        log = job.root/"_jobs"/f"{job.path.name}.txt"
+        for name in sweep.STAGES: yield from follow(name, sweep.run_parameters(job.settings, job.root), log)
+        if left := sweep.attacks_left(job): yield from follow("runs/attack", dict(run=str(job.path), protocol=job.protocol, tests=[a.name for a in left], data=job.data), log)
+    return work
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_help_and_version_start_quickly():
 
 def test_a_failure_inside_a_run_is_named_and_leaves_nothing_finished(tmp_path):
     "Settings that only the run itself can refuse."
-    r = call("sweep", "--preset", "smoke", "--methods", "penalty", "--B", "0.3", "--set", "action_model=nobody.py:build", "--jobs", 1, "--out", tmp_path/"runs", cwd=tmp_path)
+    r = call("sweep", "--preset", "smoke", "--methods", "penalty", "--B", "0.3", "--set", "action_model=nobody.py:build", "--jobs", 1, "--retries", 0, "--out", tmp_path/"runs", cwd=tmp_path)
     last = r.stderr.splitlines()[-1]
     assert r.returncode == 1 and last.startswith("error: 1 of 1 runs failed: penalty-constraint-B0.3-lam1-s0") and "nobody.py" in last, r.stderr
     assert not list((tmp_path/"runs").rglob("DONE"))

@@ -1,9 +1,8 @@
 "The committed results: complete, honest about their origin, and what the README says they are."
-import re
+import re, time
 import pytest
 from conftest import FIGURES, ROOT
-from penaltyanon import sweep
-from penaltyanon.core import finished_runs
+from penaltyanon.core import finished_runs, read_json
 from penaltyanon.report import load_results, summary
 
 SWEEPS = [p for p in sorted(ROOT.glob("runs/*")) if p.is_dir() and finished_runs(p)]
@@ -25,18 +24,34 @@ def test_every_run_says_how_it_was_made(root):
 
 @pytest.mark.parametrize("root", SWEEPS, ids=name)
 def test_the_readme_tells_what_the_runs_hold(root):
-    readme = (ROOT/"README.md").read_text(encoding="utf-8")
-    part = readme[readme.index(f"penaltyanon report {name(root)}"):]
-    for _, r in summary(load_results(root)).iterrows():
-        label = re.escape(r.label)
-        row = re.search(rf"^\| {label} \|.*$", part, re.M)
-        assert row, f"README has no row for {r.label} of {name(root)}"
-        for value in (r.top1, r.images_cmap, r.frames_cmap): assert f" {value:.1f}" in row[0], (row[0], value)
+    "In the section that names the folder; rows that share a label and differ in the weight are named with it."
+    readme, cells = (ROOT/"README.md").read_text(encoding="utf-8"), summary(load_results(root))
+    part = readme[readme.index(f"penaltyanon report {name(root)}"):].partition("\n### ")[0]
+    several = cells.label[cells.label.duplicated()].unique()
+    for _, r in cells.iterrows():
+        label = f"{r.label}, λ = {r.lam:g}" if r.label in several else r.label
+        rows = re.findall(rf"^\| {re.escape(label)} \|.*$", part, re.M)
+        assert rows, f"README has no row for {label} of {name(root)}"
+        for value in (r.top1, r.images_cmap, r.frames_cmap): assert f" {value:.1f}" in rows[0], (rows[0], value)
+
+
+def test_the_readme_tells_what_further_attackers_found():
+    "Tables 5 and 7 of the README, number by number."
+    root, part = ROOT/"runs"/"demo-attackers", (ROOT/"README.md").read_text(encoding="utf-8").partition("penaltyanon report runs/demo-attackers")[2].partition("\n### ")[0]
+    head, *lines = [[c.strip() for c in l.strip("| ").split("|")] for l in part[part.index("| | R3D-18"):].partition("\n\n")[0].splitlines()]
+    names = dict(zip("R3D-18 R(2+1)D-18 I3D-R50 MViTv2-S ResNet-18 ResNet-34 ResNet-50 ResNet-101 ResNet-152".split(),
+                     "action-r3d18 action-r2plus1d18 action-i3d_r50 action-mvit_v2_s privacy-resnet18 privacy-resnet34 privacy-resnet50 privacy-resnet101 privacy-resnet152".split()))
+    runs, rows = {r.results["label"]: r for r in finished_runs(root)}, {l[0]: l[1:] for l in lines[1:]}
+    assert set(rows) == set(runs) and head == list(names)
+    for label, row in rows.items():
+        for test, said in zip(names.values(), row, strict=True):
+            path = runs[label]/"tests"/f"{test}.json"
+            assert said == ("—" if not path.exists() else f"{read_json(path)['top1' if test.startswith('action') else 'cmap']:.1f}"), (label, test)
 
 
 @pytest.mark.parametrize("root", SWEEPS, ids=name)
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda p: p.stem)
-def test_figures_rebuild_from_a_clone(root, figure, tmp_path):
-    if figure.stem in ("fig2_frames", "story") and not list(root.rglob("frames.npz")): pytest.skip("real people: no frames are kept")
-    sweep.run_notebook(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/figure.name)
+def test_figures_rebuild_from_a_clone(root, figure, tmp_path, follow):
+    if figure.stem in ("fig2_frames", "story") and not list(root.rglob("frames.npz")): pytest.skip("no frames are kept here")
+    for _ in follow(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/"log"): time.sleep(0.05)
     assert list(tmp_path.glob(f"{figure.stem}.*"))

@@ -1,5 +1,6 @@
 "A file is judged like any other anonymizer, as the very file it was, or not at all."
 import json, subprocess
+from pathlib import Path
 import pytest, torch
 from penaltyanon import export, sweep
 from penaltyanon.anonymizers import load_anonymizer, save_anonymizer
@@ -21,12 +22,13 @@ def student(path, seed):
 def penaltyanon(*words, cwd): return subprocess.run([str(BIN/"penaltyanon"), *map(str, words)], capture_output=True, text=True, timeout=500, cwd=cwd)
 
 
-def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path):
+def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, monkeypatch):
     student(tmp_path/"student.safetensors", 0)
     export.export_onnx(tmp_path/"student.safetensors", tmp_path/"int8.onnx", "int8", frames=export.probe_frames(8, 32, 32))
-    words = ("sweep", "--preset", "smoke", "--methods", "int8.onnx", "student.safetensors", "--out", "runs")
-    first = penaltyanon(*words, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    monkeypatch.chdir(tmp_path)
+    cells = sweep.grid("smoke", methods=("int8.onnx", "student.safetensors"))
+    sweep.prepare_data(cells[0])
+    sweep.raise_failed(sweep.run_jobs(cells, Path("runs"), unit=work))
     runs = {r.results["file"]["name"]: r for r in map(RunFolder.open, sorted(p.parent for p in tmp_path.glob("runs/*/DONE")))}
     assert set(runs) == {"int8.onnx", "student.safetensors"}
     for name, run in runs.items():
@@ -38,7 +40,7 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path):
 
     student(tmp_path/"student.safetensors", 1)              # the same name, another network
     later = penaltyanon("attack", "runs", "--protocol", "table6-pretrained-attacker", "--world", "puppets", "--tests", "raw-attacker", "--data-set",
-                        "vispr1=puppets-images:data/puppets-smoke", cwd=tmp_path)
+                        "vispr1=puppets-images:data/puppets-smoke", "--retries", 0, cwd=tmp_path)
     assert later.returncode == 1 and "no longer the file this run was begun with" in later.stderr, later.stderr
     assert {r.path.name for r in runs.values() if (r/"tests"/"raw-attacker.json").exists()} == {runs["int8.onnx"].path.name}
     again = sweep.grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
