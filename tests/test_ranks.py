@@ -11,22 +11,30 @@ from conftest import ROOT
 pytest.importorskip("lightning_fabric", reason="needs lightning-fabric: pip install 'penaltyanon[train]'")
 
 
-def play(tmp_path, devices, gather=True, method="spact"):
-    out = tmp_path/f"{devices}-{gather}-{method}.pt"
+def play(folder, devices, *games):
+    "What rank_worker.py plays, all of it in one start of its processes."
+    out = folder/f"{devices}.pt"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests"), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     for k in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"): env.pop(k, None)
-    r = subprocess.run([sys.executable, str(Path(__file__).parent/"rank_worker.py"), str(devices), "gather" if gather else "alone", method, str(out)], env=env, capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, str(Path(__file__).parent/"rank_worker.py"), str(devices), str(out), *games], env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
     return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    "Each game by one process that has the whole batch, and by two that share it."
+    folder = tmp_path_factory.mktemp("played")
+    return play(folder, 1, "penalty", "vita"), play(folder, 2, "penalty", "vita", "penalty-alone")
 
 
 def off(a, b): return float((a - b).norm()/b.norm())
 
 
 @pytest.mark.parametrize("method", ["penalty", "vita"])
-def test_gradients_and_game_are_those_of_the_whole_batch(tmp_path, method):
+def test_gradients_and_game_are_those_of_the_whole_batch(played, method):
     "The first step's gradients of all three networks, and what a short game logs: NT-Xent with a bound, and supervised labels."
-    one, two = play(tmp_path, 1, method=method), play(tmp_path, 2, method=method)
+    one, two = (games[method] for games in played)
     for net in ("f_A", "f_T", "f_B"):
         assert off(two["grads"][net], one["grads"][net]) < 1e-4, (net, off(two["grads"][net], one["grads"][net]))
     assert len(two["rows"]) == len(one["rows"]) == 4
@@ -35,9 +43,9 @@ def test_gradients_and_game_are_those_of_the_whole_batch(tmp_path, method):
     assert two["lam"] == pytest.approx(one["lam"], rel=2e-2)
 
 
-def test_without_the_others_negatives_it_is_another_loss(tmp_path):
+def test_without_the_others_negatives_it_is_another_loss(played):
     "What the comparison above would catch: each process with its own images only."
-    one, wrong = play(tmp_path, 1, method="penalty"), play(tmp_path, 2, gather=False, method="penalty")
+    one, wrong = played[0]["penalty"], played[1]["penalty-alone"]
     assert off(wrong["grads"]["f_B"], one["grads"]["f_B"]) > 0.05
 
 

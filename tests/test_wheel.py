@@ -1,5 +1,5 @@
 "The wheel, built from the source distribution, in two empty environments: for a camera (small) and for training (all of it)."
-import shutil, subprocess
+import subprocess
 import pytest
 from conftest import FIGURES, ROOT, RUNS, python, run
 
@@ -17,11 +17,11 @@ def dist(tmp_path_factory, module_tree):
 
 
 def environment(folder, dist, extra):
-    "The interpreter of a new environment that holds the wheel and what it asks for; afterwards removed, it may be 6 GB."
+    "The interpreter of a new environment that holds the wheel and what it asks for; removed afterwards, it may be 6 GB."
     python("-m", "venv", folder/"venv")
     run(folder/"venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", f"{next(dist.glob('*.whl'))}[{extra}]")
     yield folder/"venv/bin/python"
-    shutil.rmtree(folder/"venv")
+    subprocess.Popen(["rm", "-rf", str(folder/"venv")], start_new_session=True)      # nobody waits for it
 
 
 @pytest.fixture(scope="module")
