@@ -4,25 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'PAHMDB', 'NOVEL', 'VPUCF', 'RAW', 'PROTOCOLS', 'WORLDS', 'Attack', 'Protocol', 'other_action',
-           'other_privacy', 'video_level', 'find_protocol', 'data_of', 'spec_of', 'Releases', 'in_common',
-           'same_classes', 'fresh', 'run_attack', 'left_to_do', 'pick_attacks', 'attack_log', 'record']
+           'other_privacy', 'video_level', 'find_protocol', 'data_of', 'spec_of', 'left_to_do', 'pick_attacks']
 
 # %% ../nbs/51_protocols.ipynb #c002
-import json
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-
-from .core import RunFolder, Settings, UsageError, UserError, nearest, read_json, seed_everything, write_json
-from .datasets import Collection, open_data, twin
-from .anonymizers import Identity
-from .recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
-from .training import clip_data, frame_data, pick_device
-from .evaluation import Released, frames_of, held_out, leakage, release_data, save_predictions, utility
+from .core import UsageError, nearest
 
 # %% ../nbs/51_protocols.ipynb #c005
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ PROTOCOLS = {
     "table3-lambda": Protocol("Table 3: the weight of the penalty at B = 0.3", "ucf101", "vispr1",
         vary=dict(methods=("lambda0", "penalty"), B=(0.3,), lam=(0.1, 0.3, 0.5, 0.7, 1.0), penalty="hinge")),
     "table5-recognizers": Protocol("Table 5: other action recognizers", "ucf101", "vispr1",
-        (*map(other_action, ("r3d18", "r2plus1d18", "mvit_v2_s", "i3d_r50")), other_action("r2plus1d18", "kinetics400"))),
+        (*map(other_action, ("r3d18", "r2plus1d18", "mvit_v2_s", "i3d_r50", "c3d")), other_action("r2plus1d18", "kinetics400"))),
     "table6-pretrained-attacker": Protocol("Table 6: the attacker learned from raw data", "ucf101", "vispr1", RAW),
     "table7-attackers": Protocol("Table 7: deeper attackers", "ucf101", "vispr1", tuple(map(other_privacy, RESNETS))),
     "table8-attackers-imagenet": Protocol("Table 8: deeper attackers from ImageNet", "ucf101", "vispr1", tuple(other_privacy(r, "imagenet") for r in RESNETS)),
@@ -124,88 +112,6 @@ def spec_of(
     if name not in data: raise UsageError(f"{name}: this world has no such data set; say where it lies, e.g. --data-set {name}={name}:/path")
     return data[name]
 
-# %% ../nbs/51_protocols.ipynb #c023
-class Releases:
-    "Parts of data sets as attackers get them: made when first asked for, then kept."
-    def __init__(self,
-        f_A: nn.Module,        # frozen anonymizer
-        s: Settings,           # sizes, views, seed; method oracle reads the silhouette twins
-        data: dict,            # of `data_of`
-        progress: bool = True,
-    ): self.f_A, self.s, self.data, self.progress, self.made, self.opened = f_A, s, data, progress, {}, {}
-
-    def collection(self, name: str, raw: bool = False) -> Collection:
-        "A data set, indexed once; raw data never come from the oracle's twins."
-        spec = spec_of(name, self.data)
-        if self.s.method == "oracle" and not raw: spec = twin(spec)
-        if spec not in self.opened: self.opened[spec] = open_data(spec, self.s.split)
-        return self.opened[spec]
-
-    def part(self,
-        name: str,    # data set
-        train: bool,  # training part, or test part
-        clips: bool,  # clips, or frames
-        raw: bool = False,   # without the anonymizer
-    ) -> Released:
-        "One part of a data set, anonymized; frames of clips are those of the released clips."
-        c = self.collection(name, raw)
-        if clips and c.kind != "clips": raise UsageError(f"{name}: an attack on clips needs videos, these are images")
-        if c.kind == "clips" and not clips: return frames_of(self.part(name, train, True, raw), apart=train)
-        key = (str(c.root), c.name, c.attribute_names, train, raw)
-        if key not in self.made: self.made[key] = self._release(c, train, raw)
-        return self.made[key]
-
-    def _release(self, c, train, raw):
-        "Through f_A, or the identity"
-        s, make = self.s, clip_data if c.kind == "clips" else frame_data
-        records, views = (c.train, 1) if train else (c.test, self.s.eval_views)
-        f_A = (Identity() if raw else self.f_A).to(device := pick_device(s.device))
-        return release_data(f_A, make(s, records, train, s.seed if train else 0, views), s, device, s.eval_train_views if train else 1, f"{c.name} {'train' if train else 'test'}", self.progress)
-
-# %% ../nbs/51_protocols.ipynb #c025
-def in_common(
-    train: Collection, test: Collection,
-) -> tuple[tuple, list[int], list[int]]:   # names; their columns in train and in test
-    "Attributes that both sets label."
-    names = tuple(a for a in train.attribute_names if a in test.attribute_names)
-    if not names: raise UsageError(f"{train.name} and {test.name} label no attribute in common ({', '.join(train.attribute_names) or 'none'} | {', '.join(test.attribute_names) or 'none'})")
-    return names, [train.attribute_names.index(a) for a in names], [test.attribute_names.index(a) for a in names]
-
-# %% ../nbs/51_protocols.ipynb #c026
-def same_classes(train: Collection, test: Collection):
-    "A recognizer can only be tested on the classes it learned."
-    if train.classes != test.classes: raise UsageError(f"{train.name} and {test.name} have other classes ({len(train.classes)} and {len(test.classes)}); test on the set you train on")
-
-# %% ../nbs/51_protocols.ipynb #c027
-def fresh(attack: Attack, s: Settings, outputs: int):
-    "A function that builds the attacker: a video-level privacy attacker is a clip network with attribute outputs."
-    clips = attack.sees == "clips"
-    own = (s.eval_action_model or s.action_model, s.action_weights) if clips else (s.eval_privacy_model or s.privacy_model, s.privacy_weights)
-    model, weights = (attack.model, attack.weights) if attack.model else own
-    return lambda: build_model(model, outputs, ACTION_MODELS if clips else PRIVACY_MODELS, weights)
-
-# %% ../nbs/51_protocols.ipynb #c028
-def run_attack(
-    attack: Attack,
-    releases: Releases,          # of the anonymizer under attack
-    log=lambda row: None,        # called once per epoch
-    keep=None,                   # `checkpoints.Keeper`: where to go on from
-) -> tuple[dict, tuple]:         # scores of `utility` or `leakage`; (scores, labels, names of records)
-    "One fresh attacker, trained and tested as its attack says (sections 4.3, 4.4 and 8)."
-    s, clips, raw = releases.s, attack.sees == "clips", attack.learns_from == "raw"
-    home, away = releases.collection(attack.train, raw), releases.collection(attack.on or attack.train)
-    names, at_home, there = in_common(home, away) if attack.kind == "privacy" else ((), [], [])
-    if attack.kind == "action": same_classes(home, away)
-    train, test = releases.part(attack.train, True, clips, raw), releases.part(attack.on or attack.train, False, clips)
-    train, test = replace(train, attributes=train.attributes[:, at_home]), replace(test, attributes=test.attributes[:, there])
-    held = held_out(home, s).repeat_interleave(len(train.x) // len(home.train))
-    seed_everything(s.seed)
-    args = (train, test, held), (s, pick_device(s.device), log, releases.progress, keep)
-    if attack.kind == "action": found = utility(fresh(attack, s, len(home.classes)), *args[0], *args[1])
-    else: found = leakage(fresh(attack, s, len(names)), *args[0], names, *args[1])
-    if found is None: raise UserError(f"{attack.on or attack.train}: no test record has a known attribute; attack {attack.name} cannot be measured")
-    return found, (*found.pop("predictions"), [r.name for r in away.test])
-
 # %% ../nbs/51_protocols.ipynb #c034
 def left_to_do(
     run,                # a run folder's path
@@ -224,29 +130,3 @@ def pick_attacks(
     for n in names:
         if n not in known: raise UsageError(f"{n}: {protocol.title} has no such test; it has {', '.join(known) or 'none beyond the known'}")
     return tuple(known[n] for n in names) if names else protocol.attacks
-
-# %% ../nbs/51_protocols.ipynb #c037
-def attack_log(run: RunFolder, attack: Attack, s: Settings):
-    "A function that appends an attacker's epochs to tests/metrics.jsonl, from where a sweep reads how far it is."
-    path, of = run/"tests"/"metrics.jsonl", s.eval_action_epochs if attack.kind == "action" else s.eval_privacy_epochs
-    path.parent.mkdir(exist_ok=True)
-    def log(row):
-        with path.open("a", encoding="utf-8") as f: f.write(json.dumps({"stage": attack.name, "step": row["epoch"], "of": of, **row}) + "\n")
-    return log
-
-# %% ../nbs/51_protocols.ipynb #c038
-def record(
-    run: RunFolder,     # finished
-    attack: Attack,
-    data: dict,         # of `data_of`
-    found: dict,        # scores
-    predictions: tuple, # scores, labels, names
-    minutes: float,     # of work
-):
-    "Keep an attack's answer beside the run's own results."
-    r, on = run.results, attack.on or attack.train
-    about = dict(test=attack.name, kind=attack.kind, sees=attack.sees, train=attack.train, on=on, train_data=data[attack.train], test_data=data[on],
-        model=attack.model or getattr(run.settings, "action_model" if attack.sees == "clips" else "privacy_model"), weights=attack.weights, learns_from=attack.learns_from,
-        **{k: r.get(k) for k in ("seed", "label", "method", "B", "lam", "preset")}, minutes=minutes, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    save_predictions(run/"tests"/f"{attack.name}.npz", {"": predictions})
-    write_json(run/"tests"/f"{attack.name}.json", about | found)

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot, pandas, torch, torch.utils.tensorboard
-from penaltyanon import datasets, evaluation, methods, protocols, puppets, report, sweep, training
+from penaltyanon import attacks, datasets, evaluation, methods, puppets, report, sweep, training
 torch.set_num_threads(1)
 
 

@@ -3,7 +3,7 @@ import json, subprocess
 from dataclasses import replace
 
 import numpy as np, pytest, torch
-from penaltyanon import protocols as pr
+from penaltyanon import attacks, protocols as pr
 from penaltyanon.anonymizers import Identity
 from penaltyanon.core import RunFolder, UsageError, UserError, resolve
 from penaltyanon.datasets import Collection
@@ -24,12 +24,12 @@ def releases(root):
     "One set of released data serves all attacks, as in a sweep"
     data = pr.data_of("official", root)
     s = resolve("smoke", precision="fp32", bootstrap=20, action_data=data["ucf101"], privacy_data=data["vispr1"])
-    return pr.Releases(Identity(), s, data, progress=False)
+    return attacks.Releases(Identity(), s, data, progress=False)
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS.keys() - PRETRAINED))
 def test_every_attack_runs_in_the_official_layouts(name, releases):
-    found, (scores, labels, names) = pr.run_attack(ATTACKS[name], releases)
+    found, (scores, labels, names) = attacks.run_attack(ATTACKS[name], releases)
     assert len(scores) == len(labels) == len(names) == len(set(names)) == found["n"] > 0
     value, floor = (found["top1"], found["chance"]) if ATTACKS[name].kind == "action" else (found["cmap"], found["base_rate"])
     assert 0 <= value <= 100 and 0 < floor <= 100 and found["ci"][0] <= found["ci"][1]
@@ -40,7 +40,7 @@ def test_every_attack_runs_in_the_official_layouts(name, releases):
 def test_pretrained_attackers_need_their_file_and_say_so(name, releases, monkeypatch, tmp_path):
     monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError) as e: pr.run_attack(ATTACKS[name], releases)
+    with pytest.raises(UserError) as e: attacks.run_attack(ATTACKS[name], releases)
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
@@ -60,10 +60,10 @@ def test_pahmdb_is_never_learned_from(releases):
 def test_raw_data_reach_only_the_attackers_training(releases):
     class Grey(torch.nn.Module):
         def forward(self, x): return torch.full_like(x, 0.5)
-    r = pr.Releases(Grey(), releases.s, releases.data, progress=False)
+    r = attacks.Releases(Grey(), releases.s, releases.data, progress=False)
     assert r.part("vispr1", True, False, raw=True).x.float().std() > 1
     assert r.part("vispr1", False, False).x.float().std() < 1
-    found, _ = pr.run_attack(ATTACKS["raw-attacker"], r)
+    found, _ = attacks.run_attack(ATTACKS["raw-attacker"], r)
     assert found["cmap"] == pytest.approx(found["base_rate"], abs=1e-6)   # a constant picture ranks nobody: precision = base rate
 
 
@@ -72,9 +72,9 @@ def collection(name, classes=("a", "b"), attributes=("x",)):
 
 
 def test_sets_that_do_not_fit_together_are_refused():
-    with pytest.raises(UsageError, match="no attribute in common"): pr.in_common(collection("one"), collection("two", attributes=("y",)))
-    with pytest.raises(UsageError, match="other classes"): pr.same_classes(collection("one"), collection("two", classes=("b", "a")))
-    assert pr.in_common(collection("one", attributes=("p", "q", "r")), collection("two", attributes=("r", "p"))) == (("p", "r"), [0, 2], [1, 0])
+    with pytest.raises(UsageError, match="no attribute in common"): attacks.in_common(collection("one"), collection("two", attributes=("y",)))
+    with pytest.raises(UsageError, match="other classes"): attacks.same_classes(collection("one"), collection("two", classes=("b", "a")))
+    assert attacks.in_common(collection("one", attributes=("p", "q", "r")), collection("two", attributes=("r", "p"))) == (("p", "r"), [0, 2], [1, 0])
 
 
 def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
