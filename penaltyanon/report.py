@@ -136,7 +136,7 @@ def table(
     lines, first = [line(r) for _, r in summary(df).iterrows()], df.iloc[0]
     chance = {"": "chance, base rate", "Top-1 % ↑": _plain(first.chance, 1), "cMAP % ↓ images": _plain(first.images_base, 1), "cMAP % ↓ action frames": _plain(first.frames_base, 1)}
     controls = sum(1 for l in lines if l[""] in ("raw", "oracle"))
-    return pd.DataFrame(lines[:controls] + [chance] + lines[controls:]).fillna("–").set_index("")
+    return pd.DataFrame(lines[:controls] + [chance] + lines[controls:], columns=list(lines[0])).fillna("–").set_index("")
 
 # %% ../nbs/75_report.ipynb #c032
 COLOURS = {"raw": "#222222", "oracle": "#009E73", "λ = 0": "#D55E00", "chance": "#8a8a8a", "utility": "#0072B2", "privacy": "#CC79A7"}
