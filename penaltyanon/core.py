@@ -254,7 +254,7 @@ class _Machine:
     device: str = "auto"           # auto | cpu | cuda | cuda:N | mps
     threads: int = 0               # CPU threads, >= 0; 0 = the library's choice
     devices: int = 1               # processes that share each batch, with one device each, >= 1
-    save_minutes: float = 10.0     # between two checkpoints, >= 0; 0 = after every step; each epoch's end has one as well
+    save_minutes: float = 10.0     # between two checkpoints, >= 0; 0 = after every step; epochs' ends have one as well where writing is cheap
 
 # %% ../nbs/00_core.ipynb #c050
 def _number_hint(

@@ -1,5 +1,5 @@
 "Shared by all tests: where the repository is, which notebooks it has, and a copy of it to try things on."
-import multiprocessing, os, shutil, subprocess, sys
+import multiprocessing, os, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 
@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(items):
 def processes():
     "Processes forked from one that has the libraries already: importing them anew for every notebook took a third of the time."
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["attempts", "nbdev.test", "penaltyanon.report", "penaltyanon.shipped", "penaltyanon.tables", "penaltyanon.trainer"])
+    fork.set_forkserver_preload(["matplotlib.pyplot", "nbdev.test", "penaltyanon.attacks", "penaltyanon.puppets", "penaltyanon.report", "penaltyanon.shipped", "penaltyanon.sweep",
+                                 "penaltyanon.tables", "penaltyanon.trainer"])        # tests/ itself is not on the server's path
     return fork
 
 
@@ -65,15 +66,16 @@ def follow(processes):
     "`sweep.follow` without papermill: a notebook in a forked process, a generator that ends with it."
     import attempts
     from penaltyanon.core import UserError
-    from penaltyanon.sweep import find_notebook
-    def follow(name, parameters, log):
-        p = processes.Process(target=attempts.notebook, args=(str(find_notebook(name)), parameters, str(log)))
+    from penaltyanon.sweep import check_parameters, find_notebook
+    def follow(name, parameters, log, seconds=600):
+        check_parameters(source := find_notebook(name), parameters)
+        log.touch()
+        p, deadline = processes.Process(target=attempts.notebook, args=(str(source), parameters, str(log))), time.monotonic() + seconds
         p.start()
         try:
-            while p.is_alive(): yield
-            p.join()
-        finally: p.kill()
-        if p.exitcode: raise UserError(f"{name}: {log.read_text()[-4000:]}")
+            while p.is_alive() and time.monotonic() < deadline: yield
+        finally: p.kill() if p.is_alive() else None; p.join()
+        if p.exitcode: raise UserError(f"{name}: exit code {p.exitcode}; {log.read_text()[-4000:]}")
     return follow
 
 

@@ -1,4 +1,4 @@
-"Every notebook runs: the library ones as lessons, the run and figure ones through papermill on the smoke preset."
+"Every notebook runs: the library ones as lessons, the run and figure ones on the smoke preset, one job of them through papermill."
 import multiprocessing, os, sys, time, warnings
 from pathlib import Path
 import pytest
@@ -76,7 +76,13 @@ def test_a_second_sweep_redoes_nothing(swept):
 
 @pytest.mark.parametrize("path", FIGURES, ids=name)
 def test_figure_notebook(path, swept, tmp_path, follow):
-    "Figures are drawn from finished runs alone (test_figures draws them through papermill)."
+    "Figures are drawn from finished runs alone (test_figures draws those of the report through papermill)."
     for _ in follow(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/"log"): time.sleep(0.05)
     drawn = [p for p in (tmp_path/"out").iterdir() if p.stem.startswith(path.stem) and p.suffix in (".png", ".html")]
     assert drawn and all(p.stat().st_size > 1000 for p in drawn), "nothing was drawn"
+
+
+def test_the_story_runs_in_a_kernel(swept, tmp_path):
+    "The one figure notebook that no report runs."
+    done = sweep.run_notebook("figures/story", dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/"story.ipynb")
+    assert any("image/png" in o.get("data", {}) for c in read_json(done)["cells"] for o in c.get("outputs", []))

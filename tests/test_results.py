@@ -3,7 +3,7 @@ import re, time
 import pytest
 from conftest import FIGURES, ROOT
 from penaltyanon.core import finished_runs, read_json
-from penaltyanon.report import load_results, summary
+from penaltyanon.report import VALUES, load_results, summary
 
 SWEEPS = [p for p in sorted(ROOT.glob("runs/*")) if p.is_dir() and finished_runs(p)]
 name = lambda p: str(p.relative_to(ROOT))
@@ -32,7 +32,8 @@ def test_the_readme_tells_what_the_runs_hold(root):
         label = f"{r.label}, λ = {r.lam:g}" if r.label in several else r.label
         rows = re.findall(rf"^\| {re.escape(label)} \|.*$", part, re.M)
         assert rows, f"README has no row for {label} of {name(root)}"
-        for value in (r.top1, r.images_cmap, r.frames_cmap): assert f" {value:.1f}" in rows[0], (rows[0], value)
+        scores = [f"{r[v]:.1f} [{r[lo]:.1f}, {r[hi]:.1f}]" for v, (lo, hi) in VALUES.items()]
+        assert rows[0] == f"| {label} | {' | '.join(scores)} | {r.rms_clips:.2f} | {r.rms_images:.2f} | {r.seeds} |"
 
 
 def test_the_readme_tells_what_further_attackers_found():

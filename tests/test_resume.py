@@ -123,6 +123,16 @@ def test_killed_while_a_file_is_written(lab, straight, seed):
     assert_same(whole(root, s), straight)
 
 
+def test_rows_of_the_start_are_part_of_every_run(lab, straight):
+    "Identity and warm-up are done once for all runs that begin there; whoever did them, each run tells of them."
+    lab, server, cell = lab
+    other = cell(B=0.7)
+    server.start(other, lab/"straight")
+    assert server.over() == 0, server.log.read_text()[-2000:]
+    beginning = lambda rows: [r for r in rows if r["stage"] in ("identity", "warmup")]
+    assert beginning(whole(lab/"straight", other)["rows"]) == beginning(straight["rows"]) != []
+
+
 def test_workers_change_nothing(lab, straight):
     lab, server, cell = lab
     s = cell(workers=2)

@@ -47,6 +47,15 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, 
     assert again.anonymizer_weights.endswith(file_hash(tmp_path/"student.safetensors")[:12]) and again.anonymizer_weights not in [r.settings.anonymizer_weights for r in runs.values()]
 
 
+def test_the_command_line_takes_files_beside_methods(tmp_path, monkeypatch):
+    from penaltyanon import cli
+    asked = []
+    monkeypatch.setattr(cli, "run_grid", lambda cells, out, *a, **k: asked.extend(cells) or [])
+    path = student(tmp_path/"student.safetensors", 0)
+    with pytest.raises(SystemExit) as e: cli.main(["sweep", "--preset", "smoke", "--methods", str(path), "blur-weak", "--out", str(tmp_path/"runs")])
+    assert e.value.code in (0, None) and [s.method for s in asked] == ["file", "blur-weak"] and asked[0].anonymizer_weights == f"{path}#{file_hash(path)[:12]}"
+
+
 @pytest.mark.parametrize("word, code, says", [("none.onnx", 1, "none.onnx: no such file"), ("blurr", 2, "is unknown"), ("file", 2, "is unknown")])
 def test_what_is_no_anonymizer_is_one_line(tmp_path, word, code, says):
     r = penaltyanon("sweep", "--preset", "smoke", "--methods", word, "--out", "runs", cwd=tmp_path)

@@ -21,7 +21,7 @@ def environment(folder, dist, extra):
     python("-m", "venv", folder/"venv")
     run(folder/"venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", f"{next(dist.glob('*.whl'))}[{extra}]")
     yield folder/"venv/bin/python"
-    subprocess.Popen(["rm", "-rf", str(folder/"venv")], start_new_session=True)      # nobody waits for it
+    subprocess.Popen(["rm", "-rf", str(folder/"venv")], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)   # nobody waits for it
 
 
 @pytest.fixture(scope="module")

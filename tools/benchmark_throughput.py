@@ -23,7 +23,7 @@ def arguments():
     p.add_argument("--frames", type=int, default=100, help="in a file of 320x240; fewer in larger ones, at least 16")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--cores", type=int, default=2)
-    p.add_argument("--device", default="cpu", help="cpu or cuda; on a GPU only what PyTorch runs there is measured")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda; on a GPU only what PyTorch runs there is measured")
     p.add_argument("--only", nargs="+", default=[], help="rows whose names contain one of these")
     p.add_argument("--out", default="", help="JSON with every number; written after each size, so that what is measured is kept")
     p.add_argument("--markdown", default="", help="the table, as it is printed")
@@ -118,7 +118,7 @@ def networks(tmp: Path) -> tuple[dict, dict]:
             cards[row] = export_onnx(model, tmp/f"{name}-{precision}.onnx", precision, frames=frames)["difference"]
             runs[row] = onnx_anonymizer(tmp/f"{name}-{precision}.onnx", threads=args.cores)
     runs["blur-strong"] = runner(OBFUSCATIONS["blur-strong"]().eval())
-    cards["student"] = fidelity(runs["student, PyTorch fp32"], runs["f_A, PyTorch fp32"], sample_frames(args.data, 6, 240, 320, 1, "test"))
+    cards["student"] = fidelity(runs.get("student, ONNX fp32", runs["student, PyTorch fp32"]), runs["f_A, PyTorch fp32"], sample_frames(args.data, 6, 240, 320, 1, "test"))
     return runs, cards
 
 
