@@ -2,7 +2,7 @@
 import subprocess, sys
 import pytest
 from penaltyanon import __version__, cli
-from synthetic import fake_run, fake_sweep
+from synthetic import fake_run
 
 
 def call(*args, **kwargs): return subprocess.run([sys.executable, "-m", "penaltyanon.cli", *map(str, args)], capture_output=True, text=True, **kwargs)
@@ -46,13 +46,6 @@ def test_a_failure_inside_a_run_is_named_and_leaves_nothing_finished(tmp_path):
     last = r.stderr.splitlines()[-1]
     assert r.returncode == 1 and last.startswith("error: 1 of 1 runs failed: penalty-constraint-B0.3-lam1-s0") and "nobody.py" in last, r.stderr
     assert not list((tmp_path/"runs").rglob("DONE"))
-
-
-def test_report_prints_a_table_and_where_the_page_is(tmp_path):
-    fake_sweep(tmp_path/"SYNTHETIC", seeds=(0,), B=(0.3,))
-    r = call("report", tmp_path/"SYNTHETIC")
-    assert r.returncode == 0 and r.stdout.splitlines()[-1] == f"report: {tmp_path/'SYNTHETIC'/'report.html'}", r.stderr
-    assert "B = 0.3" in r.stdout and "oracle" in r.stdout and "97.0 [95.0, 99.0]" in r.stdout
 
 
 def test_demo_reports_what_finished_and_still_fails(tmp_path, monkeypatch, capsys):

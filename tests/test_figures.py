@@ -1,5 +1,5 @@
 "Figures and the report rebuild from run folders alone and say what is missing. All runs in here are SYNTHETIC."
-import re, shutil
+import re, shutil, subprocess, sys
 import matplotlib.image, pytest
 from penaltyanon import report
 from penaltyanon.core import UserError, read_json
@@ -14,7 +14,9 @@ def page(tmp_path_factory):
     root = fake_sweep(tmp_path_factory.mktemp("SYNTHETIC")/"sweep", seeds=(0, 1))
     shutil.rmtree(root/"penalty-B=0.5-s1-synthetic")
     fake_run(root, "B = 0.2", 0.2, 0, 1., 1., done=False)
-    report.write_report(root)
+    said = subprocess.run([sys.executable, "-m", "penaltyanon.cli", "report", str(root)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    (root.parent/"said").write_text(said.stdout)
     return root
 
 
@@ -36,6 +38,12 @@ def test_holes_are_named_in_every_figure_notebook_and_on_the_page(page):
         assert "B = 0.5: seed 1 missing" in said and "begun, not finished" in said, name
     html = (page/"report.html").read_text()
     assert "B = 0.5: seed 1 missing" in html and "B = 0.2" not in html.replace("penalty-B=0.2", "")
+
+
+def test_the_command_prints_a_table_and_where_the_page_is(page):
+    said = (page.parent/"said").read_text()
+    assert said.splitlines()[-1] == f"report: {page/'report.html'}"
+    assert "B = 0.3" in said and "oracle" in said and "97.0 [95.0, 99.0]" in said
 
 
 def test_the_page_needs_nothing_else(page):
