@@ -92,7 +92,7 @@ class Keeper:
         for left in () if not writes else self.path.parent.glob(f".{self.path.name}.*.tmp"): left.unlink()     # of a kill while writing
         found = newest((self.path, self.previous), say)
         if found: self._take_up(found)
-        else: self.save("begin", {})
+        else: self.stage = "begin"; self.save("begin", {})
 
     def _take_up(self, found: dict):
         "Be where a checkpoint says."
@@ -112,7 +112,7 @@ class Keeper:
         state: dict,   # what its next step depends on, random numbers aside
     ):
         "Write a checkpoint; the last one becomes the one before."
-        if not self.writes: self.stage = self.stage or stage; return
+        if not self.writes: return
         rows, start = self._rows(), time.monotonic()
         data = pack(dict(stage=stage, state=state, random=random_state(), done=self.done, seconds=self.seconds(), rows=rows, settings=settings_dict(self.settings)))
         fresh = atomic_write(self.path.with_name(f"{self.path.name}.new"), data)

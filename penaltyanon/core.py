@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'TRAINED', 'CHOICES', 'AT_LEAST', 'POSITIVE', 'AT_MOST', 'PRESETS', 'OWN', 'NO_BOUND', 'MACHINE', 'LATER',
            'SUFFIXES', 'START', 'OWN_START', 'UserError', 'UsageError', 'nearest', 'atomic_write', 'file_hash', 'plain',
-           'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'capture_env', 'check_type',
-           'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash', 'named_file',
-           'run_name', 'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'make_once', 'RunFolder',
-           'finished_runs']
+           'write_json', 'read_json', 'write_yaml', 'read_yaml', 'seed_everything', 'chosen_device', 'capture_env',
+           'check_type', 'check_range', 'Settings', 'fixed', 'check_keys', 'resolve', 'settings_dict', 'settings_hash',
+           'named_file', 'run_name', 'differences', 'start_key', 'read_rows', 'hold', 'let_go', 'make_once',
+           'RunFolder', 'finished_runs']
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, hashlib, importlib.util, json, math, os, platform, random, re, subprocess, typing, uuid
@@ -153,13 +153,21 @@ def _cpu() -> str:
     except OSError: found = None
     return found.group(1) if found else platform.processor() or platform.machine()
 
+# %% ../nbs/00_core.ipynb #h035
+def chosen_device(
+    name: str = "auto",   # auto, cpu, cuda, cuda:1, mps
+) -> str:                 # the same; of auto what it becomes on this machine
+    "`auto` is a GPU where there is one."
+    import torch
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
 # %% ../nbs/00_core.ipynb #c035
 def capture_env(
     device: str = "cpu",   # device of the run: "cpu", "cuda", "cuda:1", "mps"; "auto" is said as what it becomes here
 ) -> dict:                 # goes to env.json
     "Versions, machine, commit and date."
     import torch
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     cuda = str(device).startswith("cuda") and torch.cuda.is_available()
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
             "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .anonymize import Options, anonymize_file, preview
-from .core import SUFFIXES, UsageError, UserError, nearest, write_json
+from .core import SUFFIXES, UsageError, UserError, chosen_device, nearest, write_json
 from .guards import Anonymizer, check_changes, file_hash, safe_target, same_file, walk
 from .streams import FORMATS, IMAGES, is_live
 
@@ -44,7 +44,7 @@ def pick_device(
 ) -> str:
     "The device to run on, if there is one."
     import torch
-    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto": return chosen_device()
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e: raise UsageError(f"device: {name} is not to be had here ({' '.join(str(e).split())[:80]}); use auto or cpu") from None
     return name

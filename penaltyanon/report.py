@@ -151,7 +151,7 @@ def style():
 
 # %% ../nbs/75_report.ipynb #c034
 def colours(
-    B,   # bounds, in any order
+    B,   # bounds, or anything else that sorts, in any order
 ) -> dict:
     "A colour for each bound, dark for tight to light for loose"
     B = sorted(set(B))
@@ -192,17 +192,19 @@ def references(
 # %% ../nbs/75_report.ipynb #c040
 def curve(
     ax,
-    df: pd.DataFrame,   # from `load_results`
-    value: str,         # a key of VALUES
+    df: pd.DataFrame,   # from `load_results`: the rows to draw
+    value: str,         # a key of VALUES, or any number that has no interval
     colour: str,
+    x: str = "B",       # what it is drawn against: B or lam
     **options,          # for the line
 ):
-    "A value against B: mean over seeds, averaged bootstrap intervals as bars, seeds as dots"
-    rows = df[df["rank"] == len(CONTROLS)].dropna(subset=[value])
-    m = summary(rows)
-    lo, hi = (m[value] - m[VALUES[value][0]], m[VALUES[value][1]] - m[value])
-    ax.errorbar(m.B, m[value], yerr=[lo.clip(lower=0), hi.clip(lower=0)], color=colour, marker="o", ms=5, capsize=3, elinewidth=1.1, **options)
-    if rows.seed.nunique() > 1: ax.plot(rows.B + .008, rows[value], "o", ms=3, mfc="none", color=colour, alpha=.6)
+    "A value against the bound or the weight: mean over seeds, averaged bootstrap intervals as bars, seeds as dots"
+    rows = df.dropna(subset=[value])
+    m = summary(rows).sort_values(x, kind="stable")
+    lo, hi = (m[c] for c in VALUES.get(value, (value, value)))
+    lo, hi = m[value] - lo, hi - m[value]
+    ax.errorbar(m[x], m[value], yerr=[lo.clip(lower=0), hi.clip(lower=0)], color=colour, marker="o", ms=5, capsize=3, elinewidth=1.1, **options)
+    if rows.seed.nunique() > 1: ax.plot(rows[x] + .008, rows[value], "o", ms=3, mfc="none", color=colour, alpha=.6)
 
 # %% ../nbs/75_report.ipynb #c043
 def conditions(

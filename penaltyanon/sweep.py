@@ -386,16 +386,17 @@ def work(
     job: Job,
     threads: int = 1,            # OMP_NUM_THREADS of each process
     notebooks: tuple = STAGES,   # run in this order, with the same parameters
+    via=None,                    # what runs a notebook, called like `follow`; None: `follow`
 ):
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `follow`"
-    how = dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
+    via, how = via or follow, dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
     for name in notebooks if not (job.path/"DONE").exists() else ():
         if name == STAGES[0] and (job.path/"anonymizer.safetensors").exists(): continue
-        yield from follow(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", **how)
+        yield from via(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", **how)
     if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
     if left := attacks_left(job):
         asked = dict(run=str(job.path), protocol=job.protocol, tests=[a.name for a in left], data=job.data)
-        yield from follow("runs/attack", asked, job.path/"tests"/f"{job.protocol}.ipynb", **how)
+        yield from via("runs/attack", asked, job.path/"tests"/f"{job.protocol}.ipynb", **how)
 
 # %% ../nbs/70_sweep.ipynb #h706
 def visible_gpus() -> tuple[str, ...]:   # as CUDA_VISIBLE_DEVICES names them

@@ -107,7 +107,7 @@ def start_from(
     if ranks.first: made = make_once(start, lambda path: prepare(path, run.settings, actions, images, players, log, progress))
     while not start.exists(): time.sleep(0.5)               # the first rank is at it; when it fails, it ends this one as well
     load_start(start, players)
-    if ranks.first and keep.stage in ("", "begin"): log.replace(read_rows(start.with_suffix(".jsonl")), made)      # whoever made it; not in the middle of a game
+    if ranks.first and keep.stage == "begin": log.replace(read_rows(start.with_suffix(".jsonl")), made)      # whoever made it; not in the middle of a game
 
 # %% ../nbs/45_trainer.ipynb #h003
 def _write(run, f_A, actions, keep, record, device):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from .core import UserError, UsageError, Settings, atomic_write
+from .core import UserError, UsageError, Settings, atomic_write, chosen_device
 from .datasets import ClipDataset, FrameDataset, open_data, twin
 from .anonymizers import anonymize_clip, freeze_batchnorm
 from .recognizers import ACTION_MODELS, PRIVACY_MODELS, Projector, build_model
@@ -35,8 +35,7 @@ def pick_device(
     device: str = "auto", # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:
     "The device to use; `auto` takes a GPU when there is one."
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
-    try: d = torch.device(device)
+    try: d = torch.device(device := chosen_device(device))
     except RuntimeError: raise UsageError(f"device={device!r}: use auto, cpu, cuda or cuda:N") from None
     if d.type == "cuda" and (not torch.cuda.is_available() or (d.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPUs; use device=auto or cpu")

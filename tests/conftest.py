@@ -1,5 +1,5 @@
 "Shared by all tests: where the repository is, which notebooks it has, and a copy of it to try things on."
-import multiprocessing, os, shutil, subprocess, sys, time
+import functools, multiprocessing, os, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 
@@ -63,12 +63,14 @@ def processes():
 
 @pytest.fixture(scope="session")
 def follow(processes):
-    "`sweep.follow` without papermill: a notebook in a forked process, a generator that ends with it."
+    "`sweep.follow` without papermill: a notebook in a forked process, nothing written but what its cells write."
     import attempts
     from penaltyanon.core import UserError
     from penaltyanon.sweep import check_parameters, find_notebook
-    def follow(name, parameters, log, seconds=600):
+    def follow(name, parameters, output, seconds=600, **how):
         check_parameters(source := find_notebook(name), parameters)
+        log = Path(output).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
         p, deadline = processes.Process(target=attempts.notebook, args=(str(source), parameters, str(log))), time.monotonic() + seconds
         p.start()
@@ -76,18 +78,15 @@ def follow(processes):
             while p.is_alive() and time.monotonic() < deadline: yield
         finally: p.kill() if p.is_alive() else None; p.join()
         if p.exitcode: raise UserError(f"{name}: exit code {p.exitcode}; {log.read_text()[-4000:]}")
+        log.unlink()
     return follow
 
 
 @pytest.fixture(scope="session")
 def work(follow):
-    "`sweep.work` without papermill: the notebooks of a job, then its protocol's attacks."
+    "`sweep.work` without papermill."
     from penaltyanon import sweep
-    def work(job):
-        log = job.root/"_jobs"/f"{job.path.name}.txt"
-        for name in sweep.STAGES: yield from follow(name, sweep.run_parameters(job.settings, job.root), log)
-        if left := sweep.attacks_left(job): yield from follow("runs/attack", dict(run=str(job.path), protocol=job.protocol, tests=[a.name for a in left], data=job.data), log)
-    return work
+    return functools.partial(sweep.work, via=follow)
 
 
 @pytest.fixture

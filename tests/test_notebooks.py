@@ -77,7 +77,7 @@ def test_a_second_sweep_redoes_nothing(swept):
 @pytest.mark.parametrize("path", FIGURES, ids=name)
 def test_figure_notebook(path, swept, tmp_path, follow):
     "Figures are drawn from finished runs alone (test_figures draws those of the report through papermill)."
-    for _ in follow(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/"log"): time.sleep(0.05)
+    for _ in follow(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/path.name): time.sleep(0.05)
     drawn = [p for p in (tmp_path/"out").iterdir() if p.stem.startswith(path.stem) and p.suffix in (".png", ".html")]
     assert drawn and all(p.stat().st_size > 1000 for p in drawn), "nothing was drawn"
 

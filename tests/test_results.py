@@ -54,5 +54,5 @@ def test_the_readme_tells_what_further_attackers_found():
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda p: p.stem)
 def test_figures_rebuild_from_a_clone(root, figure, tmp_path, follow):
     if figure.stem in ("fig2_frames", "story") and not list(root.rglob("frames.npz")): pytest.skip("no frames are kept here")
-    for _ in follow(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/"log"): time.sleep(0.05)
+    for _ in follow(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/figure.name): time.sleep(0.05)
     assert list(tmp_path.glob(f"{figure.stem}.*"))
