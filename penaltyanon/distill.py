@@ -193,7 +193,7 @@ def exported(
 ) -> dict:                                   # (name, precision) -> the file, opened, on one thread
     "Every network in every precision."
     files = {(n, p): folder / f"{n}-{p}.onnx" for n in nets for p in PRECISIONS}
-    for (n, p), path in files.items(): export_onnx(nets[n], path, p, frames=frames)
+    for (n, p), path in files.items(): export_onnx(nets[n], path, p, frames=frames, traced=files[n, "fp32"] if p != "fp32" else None)
     return {key: onnx_anonymizer(path, threads=1) for key, path in files.items()}
 
 # %% ../nbs/63_distill.ipynb #c035

@@ -226,6 +226,7 @@ def export_onnx(
     precision: str = "fp32",   # fp32 | int8
     opset: int = 20,           # version of the ONNX operators, >= 18
     frames=None,               # uint8 (n, h, w, 3) to check on and to calibrate int8 with, h and w >= 16; None = drawn ones
+    traced=None,               # the same network's fp32 file, where there is one already
 ) -> dict:                     # the card
     "Write an anonymizer as ONNX, checked against PyTorch."
     if precision not in PRECISIONS: raise UsageError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}")
@@ -234,8 +235,10 @@ def export_onnx(
     frames = probe_frames(12, 240, 320) if frames is None else frames
     card = {"architecture": type(f_A).__name__, "config": getattr(f_A, "config", {}), **origin, "precision": precision, "opset": opset, "multiple": 16}
     with tempfile.TemporaryDirectory() as tmp, _quiet():
-        file = Path(tmp) / "fp32.onnx"
-        _trace(f_A, file, opset)
+        file = Path(traced or Path(tmp) / "fp32.onnx")
+        if not traced: _trace(f_A, file, opset)
+        elif (off := _check(f_A, read_sealed(file), frames)["max"]) > 1: raise UserError(f"{traced}: is off by {off} of 255 grey levels, so it is not the fp32 file of this network")
+        else: card["opset"] = OnnxAnonymizer(read_sealed(file)).card["opset"]
         if precision == "int8": _quantize(file, file := Path(tmp) / "int8.onnx", frames)
         card["difference"] = _check(f_A, _with_card(file, card), frames)
         if precision == "fp32" and card["difference"]["max"] > 1: raise UserError(f"{out}: not written, differs from PyTorch by {card['difference']['max']} of 255 grey levels; report this network")

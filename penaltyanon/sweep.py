@@ -157,12 +157,14 @@ def _die_with_parent():
     "On Linux: when a sweep is killed, so is what it started"
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
+_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+
 def _launch(source, output, parameters, log, threads, more):
     "Start papermill on one notebook; parameters by file, because `-p` makes strings of numbers"
     write_yaml(log.with_suffix(".yaml"), parameters)
     names = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS".split()
     env = {**os.environ, **{n: str(threads) for n in names if threads}, **more}
-    command = [sys.executable, "-m", "papermill", source, output, "-f", log.with_suffix(".yaml"), "--no-progress-bar", "--autosave-cell-every", "30"]
+    command = [sys.executable, "-c", _PAPERMILL, source, output, "-f", log.with_suffix(".yaml"), "--no-progress-bar", "--autosave-cell-every", "30"]
     with open(log, "w") as f:
         return subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_parent)
 
@@ -391,7 +393,7 @@ def work(
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `follow`"
     via, how = via or follow, dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
     for name in notebooks if not (job.path/"DONE").exists() else ():
-        if name == STAGES[0] and (job.path/"anonymizer.safetensors").exists(): continue
+        if name == STAGES[0] and ((job.path/"anonymizer.safetensors").exists() or job.settings.method in ("raw", "oracle")): continue      # trained already, or never
         yield from via(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", **how)
     if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
     if left := attacks_left(job):

@@ -64,7 +64,7 @@ def processes():
 @pytest.fixture(scope="session")
 def follow(processes):
     "`sweep.follow` without papermill: a notebook in a forked process, nothing written but what its cells write."
-    import attempts
+    from attempts import attempt
     from penaltyanon.core import UserError
     from penaltyanon.sweep import check_parameters, find_notebook
     def follow(name, parameters, output, seconds=600, **how):
@@ -72,7 +72,7 @@ def follow(processes):
         log = Path(output).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        p, deadline = processes.Process(target=attempts.notebook, args=(str(source), parameters, str(log))), time.monotonic() + seconds
+        p, deadline = processes.Process(target=attempt, args=([source], parameters, log)), time.monotonic() + seconds
         p.start()
         try:
             while p.is_alive() and time.monotonic() < deadline: yield
@@ -87,6 +87,27 @@ def work(follow):
     "`sweep.work` without papermill."
     from penaltyanon import sweep
     return functools.partial(sweep.work, via=follow)
+
+
+@pytest.fixture(scope="session")
+def begin(processes):
+    "Starts an attempt at a run, in a forked process."
+    from attempts import attempt
+    from penaltyanon import sweep
+    def begin(s, root, log, die_at=None):
+        p = processes.Process(target=attempt, args=([sweep.find_notebook(n) for n in sweep.STAGES], sweep.run_parameters(s, root), log, die_at))
+        p.start()
+        return p
+    return begin
+
+
+@pytest.fixture(scope="session")
+def complete(begin):
+    "Such an attempt, to its end."
+    def complete(s, root, log):
+        p = begin(s, root, log); p.join()
+        assert p.exitcode == 0, Path(log).read_text()[-2000:]
+    return complete
 
 
 @pytest.fixture

@@ -1,13 +1,9 @@
-"The puppets keep their two promises: actions only in the motion, attributes only in the looks."
+"The puppets keep their two promises: actions only in the motion, attributes only in the looks (what probes see on files: 13_puppets)."
 import hashlib, json
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from scipy.stats import chi2_contingency, ks_2samp
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from penaltyanon import puppets
 from penaltyanon.core import UsageError, UserError
 from penaltyanon.datasets import open_data
@@ -211,64 +207,3 @@ def test_nothing_is_overwritten(tmp_path):
 def test_bad_parameters(tmp_path, bad):
     with pytest.raises(UsageError, match=f"puppets: {next(iter(bad))} = "): write_puppets(tmp_path/"p", **bad)
     assert not list(tmp_path.iterdir())
-
-
-# probes: simple features, logistic regression, labels shuffled 12 times to know chance
-
-def looks(clip):
-    frame = clip[len(clip) // 2].float() / 255
-    return torch.cat([frame.mean((1, 2)), frame.std((1, 2)), *[torch.histc(c, 9, 0, 1) / c.numel() for c in frame]])
-
-
-def motion(clip):
-    body = (clip[:, 0] < 180).float()
-    mass = body.sum((1, 2)) + 1
-    y, x = (body.sum(2) * torch.arange(80)).sum(1) / mass, (body.sum(1) * torch.arange(80)).sum(1) / mass
-    energy = torch.roll((body[2:] - body[:-2]).abs().mean(0), (40 - int(y.mean()), 40 - int(x.mean())), (0, 1))
-    grid = adaptive_avg_pool2d(energy[None, 4:76, 10:70], (8, 6))[0]
-    left, right = grid[:, :3], grid[:, 3:].flip(1)
-    return torch.cat([(left + right).flatten(), (left - right).abs().flatten(), torch.stack([y.std(), x.std(), mass.std() / mass.mean()])])
-
-
-def shape(clip): return avg_pool2d(clip[len(clip) // 2, :1].float(), 4).flatten()
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def probed(request, tmp_path_factory):
-    "(features, name of label) -> (test accuracy, accuracies after shuffling, number of test clips)."
-    root = write_puppets(tmp_path_factory.mktemp("puppets")/"p", train=320, test=160, images=(1, 1), frames=20, seed=11, progress=False, world=request.param)
-    raw, twin = open_data(f"puppets:{root}"), open_data(f"puppets-oracle:{root}")
-    see = lambda data, f: [torch.stack([f(read_frames(r.path, range(20))) for r in part]).numpy() for part in (data.train, data.test)]
-    X = dict(looks=see(raw, looks), motion=see(twin, motion), shape=see(twin, shape))
-    Y = dict(action=[np.array([r.action for r in part]) for part in (raw.train, raw.test)])
-    Y |= {n: [np.array([r.attributes[i] for r in part]) for part in (raw.train, raw.test)] for i, n in enumerate(raw.attribute_names)}
-    def accuracy(x, y, labels): return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(x[0], labels).score(x[1], y[1])
-    return {(k, n): (accuracy(x, y, y[0]), [accuracy(x, y, dice(i).permutation(y[0])) for i in range(12)]) for k, x in X.items() if k != "shape" for n, y in Y.items()} | \
-           {("shape", n): (accuracy(X["shape"], y, y[0]), []) for n, y in Y.items()}
-
-
-def at_chance(result, chance, n=160):
-    "Within three standard errors of chance, and not far above the same probe on shuffled labels."
-    score, shuffled = result
-    likely = score <= chance + 3 * (chance * (1 - chance) / n) ** 0.5
-    return likely and (not shuffled or score <= np.mean(shuffled) + 3.5 * np.std(shuffled))
-
-
-def test_one_frame_does_not_tell_the_action(probed):
-    assert at_chance(probed["looks", "action"], 1 / 8) and at_chance(probed["shape", "action"], 1 / 8)
-
-
-def test_motion_tells_the_action(probed):
-    score, shuffled = probed["motion", "action"]
-    assert score > 0.7 and score > max(shuffled) + 0.2
-
-
-def test_the_oracle_tells_no_attribute(probed):
-    names = {name for _, name in probed} - {"action"}
-    assert len(names) == 5
-    for name in names: assert at_chance(probed["motion", name], 1 / 2) and at_chance(probed["shape", name], 1 / 2), name
-
-
-def test_raw_looks_tell_attributes(probed):
-    plain = ("skin_dark", "two_people") if ("looks", "skin_dark") in probed else ("cape", "shoulder_bag")
-    for name in plain: assert probed["looks", name][0] > (0.75 if name in ATTRIBUTES else 0.6), name

@@ -1,47 +1,23 @@
 "A run that is killed and started again is the run that was not: bit for bit, wherever it was killed."
-import errno, json, os, random, signal, subprocess, sys, time
+import errno, os, random, signal, time
 from collections import Counter
-from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from penaltyanon import checkpoints, core, sweep, training
-from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
+from penaltyanon.anonymizers import UNet, freeze_batchnorm
 from penaltyanon.checkpoints import Keeper, unpack
 from penaltyanon.core import RunFolder, UserError, read_json, read_rows, resolve, seed_everything, start_key
 from penaltyanon.datasets import ClipDataset, open_data
-from conftest import ROOT
 from test_training import CPU, Data
-
-NOTEBOOKS = [str(ROOT/"nbs"/f"{n}.ipynb") for n in sweep.STAGES]
-
-
-class Server:
-    "Attempts at a run, each in a process of its own."
-    def __init__(self, log):
-        self.log, here = log, Path(__file__).parent
-        self.process = subprocess.Popen([sys.executable, here/"attempts.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
-
-    def start(self, s, root, die_at=None):
-        asked = dict(notebooks=NOTEBOOKS, parameters=sweep.run_parameters(s, root), log=str(self.log), die_at=die_at)
-        self.process.stdin.write(json.dumps(asked) + "\n"); self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def over(self): return int(self.process.stdout.readline())      # the status of the attempt: 0, or the signal
-
-    def stop(self): self.process.stdin.close(); self.process.wait(20)
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
-    server = Server(lab/"log")
     base = dict(action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data", B=0.3, save_minutes=0.0, log_every=1,
-                steps=8, identity_steps=8, warmup_steps=6, eval_action_epochs=2, eval_privacy_epochs=2, precision="fp32")
+                steps=8, identity_steps=8, warmup_steps=6, eval_action_epochs=2, eval_privacy_epochs=2, precision="fp32", backbone="unet", decoder=[16])
     def cell(**more): return resolve("smoke", **(base | more))
     sweep.prepare_data(cell())
-    yield lab, server, cell
-    server.stop()
+    return lab, lab/"log", cell
 
 
 def timeless(x):
@@ -67,10 +43,9 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def straight(lab):
-    lab, server, cell = lab
-    server.start(cell(), lab/"straight")
-    assert server.over() == 0, server.log.read_text()[-2000:]
+def straight(lab, complete):
+    lab, log, cell = lab
+    complete(cell(), lab/"straight", log)
     return whole(lab/"straight", cell())
 
 
@@ -83,72 +58,65 @@ def stage_of(run, start):
 STAGES = ["identity", "warmup", "minimax", "eval-action", "eval-privacy-images", "eval-privacy-frames"]
 
 
-def test_killed_at_twenty_moments(lab, straight):
+def test_killed_at_twenty_moments(lab, straight, begin, complete):
     "Every stage is hit, at random steps of it and a random moment after."
-    lab, server, cell = lab
+    lab, log, cell = lab
     s, root, draw, hit = cell(), lab/"killed", random.Random(0), Counter()
     run, start = root/core.run_name(s), root/"_start"/f"{start_key(s)}.jsonl"
     plan = [(stage, step) for stage, last in zip(STAGES, (7, 5, 7, 1, 1, 1)) for step in sorted(draw.sample(range(1, last + 1), min(6, last)))]
     for stage, step in plan:
         seen, deadline = ("", 0), time.time() + 120
-        pid = server.start(s, root)
+        p = begin(s, root, log)
         while seen[0] != stage or seen[1] < step:
             seen = stage_of(run, start)
             assert time.time() < deadline and STAGES.index(seen[0] or "identity") <= STAGES.index(stage), f"{stage} was missed: {seen}"
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z": break
+            if not p.is_alive(): break
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
-        os.kill(pid, signal.SIGKILL)
-        if server.over() == signal.SIGKILL: hit[stage] += 1
-        else: assert (run/"DONE").exists(), server.log.read_text()[-2000:]
-    if not (run/"DONE").exists():
-        server.start(s, root)
-        assert server.over() == 0, server.log.read_text()[-2000:]
+        p.kill(); p.join()
+        if p.exitcode == -signal.SIGKILL: hit[stage] += 1
+        else: assert (run/"DONE").exists(), log.read_text()[-2000:]
+    if not (run/"DONE").exists(): complete(s, root, log)
     assert_same(whole(root, s), straight)
     assert sum(hit.values()) >= len(plan) - 3 and len(hit) == len(STAGES), hit
     assert not (run/"checkpoints").exists() and read_json(run/"env.json")["resumed"]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_while_a_file_is_written(lab, straight, seed):
-    lab, server, cell = lab
+def test_killed_while_a_file_is_written(lab, straight, begin, complete, seed):
+    lab, log, cell = lab
     s, root, draw, died = cell(), lab/f"torn{seed}", random.Random(seed), 0
     for _ in range(3):
-        server.start(s, root, die_at=draw.randint(10, 60))
-        died += server.over() == signal.SIGKILL
+        p = begin(s, root, log, draw.randint(10, 60)); p.join()
+        died += p.exitcode == -signal.SIGKILL
         if (root/core.run_name(s)/"DONE").exists(): break
-    server.start(s, root)
-    assert (root/core.run_name(s)/"DONE").exists() or server.over() == 0, server.log.read_text()[-2000:]
+    else: complete(s, root, log)
     assert died >= 2
     assert_same(whole(root, s), straight)
 
 
-def test_rows_of_the_start_are_part_of_every_run(lab, straight):
+def test_rows_of_the_start_are_part_of_every_run(lab, straight, complete):
     "Identity and warm-up are done once for all runs that begin there; whoever did them, each run tells of them."
-    lab, server, cell = lab
-    other = cell(B=0.7)
-    server.start(other, lab/"straight")
-    assert server.over() == 0, server.log.read_text()[-2000:]
+    lab, log, cell = lab
+    complete(other := cell(B=0.7), lab/"straight", log)
     beginning = lambda rows: [r for r in rows if r["stage"] in ("identity", "warmup")]
     assert beginning(whole(lab/"straight", other)["rows"]) == beginning(straight["rows"]) != []
 
 
-def test_workers_change_nothing(lab, straight):
-    lab, server, cell = lab
-    s = cell(workers=2)
-    server.start(s, lab/"workers")
-    assert server.over() == 0, server.log.read_text()[-2000:]
+def test_workers_change_nothing(lab, straight, complete):
+    lab, log, cell = lab
+    complete(s := cell(workers=2), lab/"workers", log)
     assert_same(whole(lab/"workers", s), straight)
 
 
 @pytest.mark.parametrize("change", ["vanished", "other bytes", "other label"])
-def test_data_that_changed_are_noticed(lab, change):
+def test_data_that_changed_are_noticed(lab, begin, change):
     "A run that was interrupted goes on with its own data or not at all."
-    lab, server, cell = lab
+    lab, log, cell = lab
     s, root = cell(steps=13, seed=5), lab/"changed"
     path = root/core.run_name(s)
     if not path.exists():
-        server.start(s, root, die_at=60); assert server.over() == signal.SIGKILL
+        p = begin(s, root, log, 60); p.join(); assert p.exitcode == -signal.SIGKILL
     clip = sorted((lab/"data"/"UCF-101").rglob("*.avi"))[0]
     labels = next(f for f in (lab/"data").iterdir() if f.suffix == ".csv")
     file = labels if change == "other label" else clip
@@ -157,9 +125,9 @@ def test_data_that_changed_are_noticed(lab, change):
         if change == "vanished": file.unlink()
         elif change == "other bytes": file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         else: file.write_bytes(before.replace(b",0", b",1", 1))
-        server.log.write_text(""); server.start(s, root)
-        assert server.over() != 0
-        said = server.log.read_text().strip().splitlines()[-1]
+        log.write_text(""); p = begin(s, root, log); p.join()
+        assert p.exitcode == 1
+        said = log.read_text().strip().splitlines()[-1]
         assert (clip.name if file == clip else "labels") in said and "Error" in said, said
     finally: file.write_bytes(before); os.utime(file)
 
@@ -167,7 +135,7 @@ def test_data_that_changed_are_noticed(lab, change):
 # ---- the game alone, in this process: what else can go wrong
 def player(s, seed=0):
     seed_everything(seed)
-    return training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU)
+    return training.make_players(s, freeze_batchnorm(UNet((16,))), 3, CPU)
 
 
 def play(box, p=None, steps=6, **changes):

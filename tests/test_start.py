@@ -1,7 +1,7 @@
 "The shared start: whoever made it and whoever loads it play the same game, to the last bit."
 import torch
 from penaltyanon import training
-from penaltyanon.anonymizers import UNetPP
+from penaltyanon.anonymizers import UNet
 from penaltyanon.core import resolve, seed_everything
 from test_training import CPU, Data
 
@@ -10,7 +10,7 @@ def play(start, make: bool):
     "The weights after a short game that begins where the start was made, or from its file"
     s = resolve("smoke", precision="fp32", steps=3, identity_steps=8, warmup_steps=3, penalty="none")
     seed_everything(s.seed)
-    p = training.make_players(s, UNetPP(decoder=(16, 8, 8, 8)), 3, CPU)
+    p = training.make_players(s, UNet((16,)), 3, CPU)
     batches = lambda: (training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0))
     if make:
         clips, views = batches()

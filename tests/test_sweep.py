@@ -69,15 +69,17 @@ def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(
     assert [j.state for j in again] == ["kept"] and (good.path/"calls").read_text() == "x"
 
 
-def test_training_is_not_repeated_when_only_the_evaluation_is_missing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, first", [("penalty", ["runs/train_anonymizer"]), ("blackening", ["runs/train_anonymizer"]), ("raw", []), ("oracle", [])])
+def test_training_is_not_repeated_when_only_the_evaluation_is_missing(tmp_path, monkeypatch, method, first):
+    "And what shows nothing and learns nothing goes to its evaluation at once."
     seen = []
     monkeypatch.setattr(sweep, "follow", lambda name, *a, **k: iter(seen.append(name) or ()))
-    job = sweep.Job(resolve("smoke"), tmp_path)
+    job = sweep.Job(resolve("smoke", method=method), tmp_path)
     job.path.mkdir()
     for _ in range(2):
         with pytest.raises(UserError, match="no DONE"): list(sweep.work(job))
         (job.path/"anonymizer.safetensors").touch()
-    assert seen == ["runs/train_anonymizer", "runs/evaluate", "runs/evaluate"]
+    assert seen == first + ["runs/evaluate", "runs/evaluate"]
 
 
 def test_a_notebook_that_hangs_at_the_start_is_started_again(tmp_path):

@@ -2,7 +2,7 @@
 import math
 import pytest, torch
 from penaltyanon import training
-from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
+from penaltyanon.anonymizers import UNet, UNetPP, freeze_batchnorm
 from penaltyanon.core import UserError, UsageError, resolve, seed_everything
 from penaltyanon.losses import rms
 
@@ -22,7 +22,7 @@ class Data:
 
 def players(s, model="r3d_small"):
     seed_everything(s.seed)
-    return training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU)
+    return training.make_players(s, freeze_batchnorm(UNet((16,))), 3, CPU)
 
 
 def game(**changes):

@@ -1,6 +1,9 @@
-"The wheel, built from the source distribution, in two empty environments: for a camera (small) and for training (all of it)."
-import subprocess
+"The wheel, built from the source distribution, in two empty environments: for a camera (small, by pip) and for training (all of it)."
+import os, subprocess, sysconfig
+from importlib.metadata import distribution
+from pathlib import Path
 import pytest
+from packaging.requirements import Requirement
 from conftest import FIGURES, ROOT, RUNS, python, run
 
 MODULES = sorted(p.stem for p in ROOT.glob("penaltyanon/*.py") if not p.stem.startswith("_"))
@@ -16,20 +19,41 @@ def dist(tmp_path_factory, module_tree):
     return out
 
 
-def environment(folder, dist, extra):
-    "The interpreter of a new environment that holds the wheel and what it asks for; removed afterwards, it may be 6 GB."
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory, dist):
+    "The interpreter of a new environment that holds the wheel and what pip installs for it."
+    folder = tmp_path_factory.mktemp("edge")
     python("-m", "venv", folder/"venv")
-    run(folder/"venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", f"{next(dist.glob('*.whl'))}[{extra}]")
-    yield folder/"venv/bin/python"
-    subprocess.Popen(["rm", "-rf", str(folder/"venv")], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)   # nobody waits for it
+    run(folder/"venv/bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT/"constraints.txt", f"{next(dist.glob('*.whl'))}[edge]")
+    return folder/"venv/bin/python"
+
+
+def closure(asked):
+    "The distributions that (requirement, extra) ask for, and those ask for in turn, as pip would take them."
+    found, extras, todo = {}, {}, list(asked)
+    while todo:
+        need, extra = Requirement(todo[-1][0]), todo.pop()[1]
+        if need.marker and not need.marker.evaluate({"extra": extra}): continue
+        d = found.setdefault(need.name, distribution(need.name))
+        assert need.specifier.contains(d.version, prereleases=True), f"{need}: {d.version} is here"
+        new = {"", *need.extras} - extras.setdefault(need.name, set())
+        extras[need.name] |= new
+        todo += [(r, e) for e in new for r in d.requires or ()]
+    return found.values()
 
 
 @pytest.fixture(scope="module")
-def edge(tmp_path_factory, dist): yield from environment(tmp_path_factory.mktemp("edge"), dist, "edge")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory, dist): yield from environment(tmp_path_factory.mktemp("train"), dist, "train")
+def train(tmp_path_factory, dist):
+    "The same with [train], but what the wheel asks for (6 GB) is not copied: the environment has links to just that part of ours."
+    folder = tmp_path_factory.mktemp("train")
+    python("-m", "venv", folder/"venv")
+    made = folder/"venv/bin/python"
+    run(made, "-m", "pip", "install", "-q", "--no-deps", next(dist.glob("*.whl")))
+    site, ours = next(folder.glob("venv/lib/python*/site-packages")), Path(sysconfig.get_path("purelib"))
+    asked = inside(made, "import importlib.metadata as m; print('\\t'.join(m.requires('penaltyanon')))", folder).split("\t")
+    for top in {f.parts[0] for d in closure((r, e) for r in asked for e in ("", "train")) for f in d.files} - {"__pycache__"}:
+        if not (site/top).exists(): os.symlink(ours/top, site/top)
+    return made
 
 
 def inside(python, code, cwd): return run(python, "-I", "-c", code, cwd=cwd).strip().split("\n")[-1]

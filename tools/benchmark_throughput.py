@@ -115,7 +115,7 @@ def networks(tmp: Path) -> tuple[dict, dict]:
     for name, model in {"f_A": args.model, "student": path}.items() if DEVICE == "cpu" else ():
         for precision in ("fp32", "int8"):
             row = f"{name}, ONNX {precision}"
-            cards[row] = export_onnx(model, tmp/f"{name}-{precision}.onnx", precision, frames=frames)["difference"]
+            cards[row] = export_onnx(model, tmp/f"{name}-{precision}.onnx", precision, frames=frames, traced=tmp/f"{name}-fp32.onnx" if precision == "int8" else None)["difference"]
             runs[row] = onnx_anonymizer(tmp/f"{name}-{precision}.onnx", threads=args.cores)
     runs["blur-strong"] = runner(OBFUSCATIONS["blur-strong"]().eval())
     cards["student"] = fidelity(runs.get("student, ONNX fp32", runs["student, PyTorch fp32"]), runs["f_A, PyTorch fp32"], sample_frames(args.data, 6, 240, 320, 1, "test"))
