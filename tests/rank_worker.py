@@ -6,7 +6,7 @@ A game `METHOD-alone` is what would be wrong: negatives of the process's own ima
 import sys
 import torch
 from penaltyanon import ranks as ranks_module, training
-from penaltyanon.anonymizers import UNet, freeze_batchnorm
+from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
 from penaltyanon.core import resolve, seed_everything
 from penaltyanon.methods import METHODS
 from penaltyanon.ranks import ALONE, Ranks
@@ -30,9 +30,9 @@ class Labelled(Data):
 def play(name, gather):
     "The gradients of the first step, what the game logs, and its last weights of the penalty."
     ranks_module.Ranks.gather = everyone if gather else lambda self, z, views=2: z if views == 2 else everyone(self, z, views)
-    s, aims = resolve("smoke", method=name, backbone="unet", decoder=(16,), precision="fp32", lr_anonymizer=1e-3, clip_grad=0.0, steps=4, batch_clips=4, batch_images=8, ensemble=1, restart_every=0, privacy_updates=2), METHODS[name]
+    s, aims = resolve("smoke", method=name, backbone="unetpp", decoder=(16, 8, 8, 8), precision="fp32", lr_anonymizer=1e-3, clip_grad=0.0, steps=4, batch_clips=4, batch_images=8, ensemble=1, restart_every=0, privacy_updates=2), METHODS[name]
     seed_everything(0)
-    p = training.make_players(s, freeze_batchnorm(UNet((16,))), 3, CPU, 2, aims)
+    p = training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
     p.ranks = ranks
     for net in (p.f_T, p.f_B): ranks_module.share_batchnorm(net, ranks)
     clips, images = training.endless(Labelled(8), 4, 0, ranks=ranks), training.endless(Labelled(16), 8, 1, ranks=ranks)
