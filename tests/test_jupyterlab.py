@@ -40,7 +40,7 @@ def lab(tmp_path_factory):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     token = secrets.token_hex(16)
     env = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"runtime"),
-           "JUPYTERLAB_SETTINGS_DIR": str(home/"config"/"lab"/"user-settings"), "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+           "JUPYTERLAB_SETTINGS_DIR": str(home/"config"/"lab"/"user-settings"), "PYTHONPATH": str(tree), "TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
     log = open(home/"log", "w")
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
                                "--allow-root", f"--ServerApp.root_dir={tree}"], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
