@@ -436,8 +436,8 @@ def named_file(
     spec: str,   # path, or path#beginning of the file's SHA-256
 ) -> tuple[Path, str]:   # the path; what the hash begins with, "" = not said
     "Which file `method=file` is about."
-    path, _, stated = str(spec).partition("#")
-    return Path(path), stated
+    found = re.fullmatch(r"(.*)#([0-9a-f]*)", str(spec), re.DOTALL)     # a folder's name may hold a # as well
+    return (Path(found[1]), found[2]) if found else (Path(spec), "")
 
 # %% ../nbs/00_core.ipynb #c083
 def run_name(
