@@ -45,15 +45,16 @@ def assignments(pairs: list[str], option: str = "--set") -> dict:
     return {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in pairs)}
 
 
-def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "local", gpus: int | None = None, slurm: list[str] = [], wait: bool = True, **more) -> list:
+def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "local", gpus: int | None = None, slurm: list[str] = [], wait: bool = True, per_gpu: int = 1, **more) -> list:
     "Data first, then the jobs, here or through a scheduler"
     from penaltyanon.core import UsageError
     from penaltyanon.sweep import prepare_data, run_jobs, visible_gpus
     if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
     if slurm and cluster != "slurm": raise UsageError("--slurm: is for --cluster slurm")
+    if per_gpu > 1 and cluster != "local": raise UsageError("--jobs-per-gpu: is for --cluster local")
     options = assignments(slurm, "--slurm")
     prepare_data(cells[0])
-    if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], **more)
+    if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], per_gpu=per_gpu, **more)
     from penaltyanon.cluster import run_on
     return run_on(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
 
@@ -124,6 +125,7 @@ def sweep(
     jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
     cluster: Annotated[str, typer.Option(help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
     gpus: Annotated[int | None, typer.Option(min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
+    jobs_per_gpu: Annotated[int, typer.Option(min=1, help="local: runs that share a GPU (start nvidia-cuda-mps-control -d first); --jobs still limits all")] = 1,
     devices: Annotated[int, typer.Option(min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
     slurm: Annotated[list[str], typer.Option(help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
@@ -136,7 +138,7 @@ def sweep(
     axes = table | {k: v for k, v in axes.items() if k not in table or (v and v != PAPER_B)}   # what the user says wins
     cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
     out = out or Path("runs")/preset
-    todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, retries=retries, **attacks)
+    todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, jobs_per_gpu, retries=retries, **attacks)
     if cluster == "slurm" and not wait: return print(f"submitted: {sum(j.state == 'waiting' for j in todo)} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
     if any(j.state in ("done", "kept") for j in todo): show_table(out)
     raise_failed(todo)

@@ -487,19 +487,20 @@ def _end(job, running, gpus):
 def run_jobs(
     settings: list[Settings],    # from `grid`
     root: str | Path,            # the sweep's folder
-    jobs: int = 2,               # how many at once; with GPUs at most one on each
+    jobs: int = 2,               # how many at once; with GPUs at most `per_gpu` on each
     threads: int = 1,            # OMP_NUM_THREADS of each
     notebooks: tuple = STAGES,
     poll_s: float = 0.5,         # seconds between looks
     retries: int = 0,            # how often a job that failed is started again
     gpus: tuple | None = None,   # names for CUDA_VISIBLE_DEVICES; None: those of this machine
+    per_gpu: int = 1,            # jobs that may share a GPU, >= 1
     unit=None,                   # Job -> generator that works on it; None: `work`
     **attacks,                   # protocol, tests, data of each `Job`: the attacks that follow a run
 ) -> list[Job]:                  # all of them, with state and reason
     "Run what is not DONE, `jobs` at a time"
     unit = unit or functools.partial(work, threads=threads, notebooks=notebooks)
     todo, running = jobs_of(settings, root, notebooks, **attacks), {}
-    free = list(visible_gpus() if gpus is None else gpus)[::-1]
+    free = [*(visible_gpus() if gpus is None else gpus)][::-1]*per_gpu         # taken from the end: every GPU once, then every GPU again
     slots, board = min(jobs, len(free)) if free else jobs, Board(todo)
     try:
         with board.bars:

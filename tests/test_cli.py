@@ -23,7 +23,7 @@ def test_what_is_not_a_list_is_left_alone():
     ("sweep --B -1", 2, "B: must be at least 0"), ("sweep --B nan", 2, "B: must be a number, not NaN"), ("sweep --B x", 2, "'--B'"), ("sweep --B", 2, "requires an argument"),
     ("sweep --preset demp", 2, "did you mean demo"), ("sweep --set stepz=3", 2, "did you mean steps"), ("sweep --set steps", 2, "key=value"), ("sweep --set B=0.3", 2, "--B"), ("sweep --set seed=1", 2, "--seeds"),
     ("sweep --set lr_action=1e-3", 2, "write 1.0e-3"), ("sweep --methods vitamin", 2, "lambda0, raw, oracle, penalty, spact, vita"), ("demo --seeds 0", 2, "--seeds"),
-    ("sweep --action-data ucf101:/nowhere --methods oracle", 2, "generated data"), ("dem", 2, "dem"), ("report", 2, "runs"),
+    ("sweep --action-data ucf101:/nowhere --methods oracle", 2, "generated data"), ("dem", 2, "dem"), ("sweep --jobs-per-gpu 2 --cluster slurm", 2, "--jobs-per-gpu: is for --cluster local"), ("report", 2, "runs"),
     ("report /nowhere", 1, "no such folder of runs"), ("sweep --preset mini --action-data ucf101:/nowhere", 1, "/nowhere"), ("sweep --action-data ucf:/nowhere --privacy-data images:/x", 2, "ucf101")])
 def test_mistakes_are_one_line(line, code, says, tmp_path):
     r = call(*line.split(), cwd=tmp_path)

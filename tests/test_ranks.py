@@ -53,7 +53,7 @@ def test_without_the_others_negatives_it_is_another_loss(played):
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
-    s = resolve("smoke", devices=2, steps=12, save_minutes=0.0, precision="fp32", action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    s = resolve("smoke", devices=2, steps=12, save_minutes=0.0, precision="fp32", backbone="unet", decoder=(16,), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
     sweep.prepare_data(s)
     return lab, s
 

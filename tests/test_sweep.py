@@ -155,17 +155,19 @@ def test_a_failed_job_is_tried_as_often_as_asked(tmp_path, retries, plan, state,
     assert read_json(sweep.note(job))["state"] == state and read_json(sweep.note(job))["tries"] == tries
 
 
-def test_each_job_has_a_gpu_of_its_own(tmp_path):
+@pytest.mark.parametrize("per_gpu, at_once", [(1, 2), (2, 4), (9, 5)])
+def test_each_job_has_a_gpu_of_its_own_or_shares_it_as_asked(tmp_path, per_gpu, at_once):
     at_work, most = [], []
     def unit(job):
-        assert job.gpu in ("0", "2") and job.gpu not in at_work
+        assert job.gpu in ("0", "2") and at_work.count(job.gpu) < per_gpu
         at_work.append(job.gpu); most.append(len(at_work))
+        assert len(at_work) < 2 or set(at_work) == {"0", "2"}, "one GPU is crowded and the other idle"
         yield; yield
         at_work.remove(job.gpu)
         job.path.mkdir(parents=True); (job.path/"DONE").touch()
     cells = sweep.grid("smoke", methods=("raw",), seeds=range(6))
-    assert {j.state for j in sweep.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), poll_s=0.01)} == {"done"}
-    assert max(most) == 2
+    assert {j.state for j in sweep.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
+    assert max(most) == at_once
 
 
 def test_gpus_are_what_the_environment_says(monkeypatch):
