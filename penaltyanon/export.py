@@ -219,6 +219,18 @@ def _source(
     f_A, card = load_anonymizer(model)
     return f_A.eval(), {"source": Path(model).name, "source_sha256": file_hash(model), "made": card}
 
+# %% ../nbs/61_export.ipynb #h034
+def _same_network(
+    traced,        # an exported file
+    card: dict,    # of the file that is to be made from it
+    f_A, frames,   # as for `_check`
+) -> int:          # its opset
+    "Whether a file is the fp32 file of this network."
+    there = onnx_anonymizer(traced).card
+    other = [k for k, v in (card | {"precision": "fp32"}).items() if k not in ("opset", "source", "made") and json.dumps(there.get(k, v)) != json.dumps(v)]
+    if other or _check(f_A, read_sealed(traced), frames)["max"] > 1: raise UserError(f"{traced}: is not the fp32 file of this network ({', '.join(other) or 'its frames'} differ)")
+    return there["opset"]
+
 # %% ../nbs/61_export.ipynb #c034
 def export_onnx(
     model,                     # an anonymizer: nn.Module, or the path of a *.safetensors
@@ -236,9 +248,8 @@ def export_onnx(
     card = {"architecture": type(f_A).__name__, "config": getattr(f_A, "config", {}), **origin, "precision": precision, "opset": opset, "multiple": 16}
     with tempfile.TemporaryDirectory() as tmp, _quiet():
         file = Path(traced or Path(tmp) / "fp32.onnx")
-        if not traced: _trace(f_A, file, opset)
-        elif (off := _check(f_A, read_sealed(file), frames)["max"]) > 1: raise UserError(f"{traced}: is off by {off} of 255 grey levels, so it is not the fp32 file of this network")
-        else: card["opset"] = OnnxAnonymizer(read_sealed(file)).card["opset"]
+        if traced: card["opset"] = _same_network(traced, card, f_A, frames)
+        else: _trace(f_A, file, opset)
         if precision == "int8": _quantize(file, file := Path(tmp) / "int8.onnx", frames)
         card["difference"] = _check(f_A, _with_card(file, card), frames)
         if precision == "fp32" and card["difference"]["max"] > 1: raise UserError(f"{out}: not written, differs from PyTorch by {card['difference']['max']} of 255 grey levels; report this network")

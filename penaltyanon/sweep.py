@@ -14,7 +14,7 @@ import ast, ctypes, functools, importlib.util, json, os, re, shutil, signal, soc
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import CHOICES, SUFFIXES, Settings, UsageError, UserError, file_hash, make_once, named_file, read_json, resolve, run_name, settings_dict, write_json, write_yaml
+from .core import CHOICES, SUFFIXES, UNTOUCHED, Settings, UsageError, UserError, file_hash, make_once, named_file, read_json, resolve, run_name, settings_dict, write_json, write_yaml
 
 # %% ../nbs/70_sweep.ipynb #c005
 METHODS = {
@@ -157,7 +157,7 @@ def _die_with_parent():
     "On Linux: when a sweep is killed, so is what it started"
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
-_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill(prog_name='papermill')"
 
 def _launch(source, output, parameters, log, threads, more):
     "Start papermill on one notebook; parameters by file, because `-p` makes strings of numbers"
@@ -393,7 +393,7 @@ def work(
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `follow`"
     via, how = via or follow, dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
     for name in notebooks if not (job.path/"DONE").exists() else ():
-        if name == STAGES[0] and ((job.path/"anonymizer.safetensors").exists() or job.settings.method in ("raw", "oracle")): continue      # trained already, or never
+        if name == STAGES[0] and ((job.path/"anonymizer.safetensors").exists() or job.settings.method in UNTOUCHED): continue      # trained already, or never
         yield from via(name, run_parameters(job.settings, job.root), job.path/f"{Path(name).stem}.ipynb", **how)
     if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
     if left := attacks_left(job):

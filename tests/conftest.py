@@ -55,9 +55,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def processes():
     "Processes forked from one that has the libraries already: importing them anew for every notebook took a third of the time."
+    from multiprocessing.forkserver import ensure_running
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["matplotlib.pyplot", "nbdev.test", "penaltyanon.attacks", "penaltyanon.puppets", "penaltyanon.report", "penaltyanon.shipped", "penaltyanon.sweep",
                                  "penaltyanon.tables", "penaltyanon.trainer"])        # tests/ itself is not on the server's path
+    ensure_running()                    # with this environment, not that of the first test that needs it
     return fork
 
 

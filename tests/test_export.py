@@ -64,6 +64,9 @@ def test_int8_is_close_and_says_how_close(model, tmp_path):
     again = difference(np.concatenate([run(f[None]) for f in frames]), reference(frames))
     assert card["precision"] == run.card["precision"] == "int8" and 0 < again["mean"] < 3
     assert again["max"] <= card["difference"]["max"]
+    export_onnx(model, tmp_path/"fp32.onnx", frames=frames)
+    export_onnx(model, tmp_path/"b.onnx", "int8", frames=frames, traced=tmp_path/"fp32.onnx")
+    assert (onnx_anonymizer(tmp_path/"b.onnx")(frames) == onnx_anonymizer(tmp_path/"a.onnx")(frames)).all(), "the same, without tracing again"
     import onnx
     ops = [n.op_type for n in onnx.load(str(tmp_path/"a.onnx")).graph.node]
     assert "DequantizeLinear" in ops and "BatchNormalization" not in ops

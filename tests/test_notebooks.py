@@ -65,6 +65,15 @@ def test_what_was_asked_is_what_was_done(swept):
     assert done.results["B"] == 0.7 and done.results["trainer"]["B"] == 0.7
     assert "-B0.7-" in done.path.name
     for n in sweep.STAGES: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
+    assert {read_json(t)["B"] for t in (done/"tests").glob("*.json")} == {0.7}
+
+
+def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swept, follow, tmp_path):
+    "A sweep leaves it out; a reader may open it."
+    s = next(r.settings for r in finished_runs(swept) if r.settings.method == "oracle")
+    for _ in follow("runs/train_anonymizer", sweep.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
+    run, = tmp_path.glob("oracle-*")
+    assert (run/"data.json").exists() and not (run/"anonymizer.safetensors").exists() and not (run/"metrics.jsonl").exists()
 
 
 def test_a_second_sweep_redoes_nothing(swept):

@@ -78,13 +78,13 @@ def test_sets_that_do_not_fit_together_are_refused():
 
 
 def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
-    command = [BIN/"penaltyanon", "sweep", "--preset", "smoke", "--protocol", "table2-ucf101", "--world", "official", "--data", root, "--methods", "raw",
-               "--tests", "novel-action", "pahmdb-privacy", "--out", tmp_path/"runs"]
+    command = [BIN/"penaltyanon", "sweep", "--preset", "smoke", "--protocol", "table2-ucf101", "--world", "official", "--data", root, "--methods", "penalty",
+               "--B", "0.3", "--backbone", "unet", "--set", "decoder=[16]", "--tests", "novel-action", "pahmdb-privacy", "--out", tmp_path/"runs"]
     first = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
     assert first.returncode == 0, first.stderr
     run, = [RunFolder.open(d.parent) for d in (tmp_path/"runs").rglob("DONE")]
     found = {t.stem: json.loads(t.read_text()) for t in (run/"tests").glob("*.json")}
-    assert set(found) == {"novel-action", "pahmdb-privacy"} and all(f["method"] == "raw" for f in found.values())
+    assert set(found) == {"novel-action", "pahmdb-privacy"} and all(f["B"] == 0.3 and f["method"] == "penalty" for f in found.values())
     assert found["pahmdb-privacy"]["train"] == "vispr-pa" and found["pahmdb-privacy"]["on"] == "pa-hmdb51"
     assert set(np.load(run/"predictions.npz")) >= {"utility_scores", "images_labels"}
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}

@@ -10,6 +10,7 @@ from penaltyanon.core import RunFolder, UserError, read_json, read_rows, resolve
 from penaltyanon.datasets import ClipDataset, open_data
 from test_training import CPU, Data
 
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
@@ -74,12 +75,14 @@ def test_killed_at_twenty_moments(lab, straight, begin, complete):
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
         p.kill(); p.join()
+        kept = read_rows(run/"metrics.jsonl")[:-2]
         if p.exitcode == -signal.SIGKILL: hit[stage] += 1
         else: assert (run/"DONE").exists(), log.read_text()[-2000:]
     if not (run/"DONE").exists(): complete(s, root, log)
     assert_same(whole(root, s), straight)
     assert sum(hit.values()) >= len(plan) - 3 and len(hit) == len(STAGES), hit
-    assert not (run/"checkpoints").exists() and read_json(run/"env.json")["resumed"]
+    assert not (run/"checkpoints").exists() and len(read_json(run/"env.json")["resumed"]) > sum(hit.values()) - hit["identity"] - hit["warmup"]
+    assert len(kept) > 20 and read_rows(run/"metrics.jsonl")[:len(kept)] == kept, "what was done before the last kill was not done again: even the clock's ms are the same"
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -135,7 +138,7 @@ def test_data_that_changed_are_noticed(lab, begin, change):
 # ---- the game alone, in this process: what else can go wrong
 def player(s, seed=0):
     seed_everything(seed)
-    return training.make_players(s, freeze_batchnorm(UNet((16,))), 3, CPU)
+    return training.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def play(box, p=None, steps=6, **changes):

@@ -10,7 +10,7 @@ def play(start, make: bool):
     "The weights after a short game that begins where the start was made, or from its file"
     s = resolve("smoke", precision="fp32", steps=3, identity_steps=8, warmup_steps=3, penalty="none")
     seed_everything(s.seed)
-    p = training.make_players(s, UNet((16,)), 3, CPU)
+    p = training.make_players(s, UNet((16,), 0.5), 3, CPU)
     batches = lambda: (training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0))
     if make:
         clips, views = batches()

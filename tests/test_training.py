@@ -22,7 +22,7 @@ class Data:
 
 def players(s, model="r3d_small"):
     seed_everything(s.seed)
-    return training.make_players(s, freeze_batchnorm(UNet((16,))), 3, CPU)
+    return training.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def game(**changes):
