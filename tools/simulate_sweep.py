@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 
 from penaltyanon.core import UserError, resolve, write_json
-from penaltyanon.sweep import attend, run_jobs, run_notebook
+from penaltyanon.sweep import _die_with_parent, attend, run_jobs, run_notebook
 
 RATES = dict(crash=0.10, hang=0.03, preempted=0.10)     # of attempts
 WATCHDOG_S = 1.0
@@ -27,7 +27,7 @@ def fake(root: Path, rates: dict, draw: random.Random):
             if (fate := fate - share) < 0: break
         else: end = ""
         work = DIES.get(end) or f'echo done >> "{root}/done/{job.path.name}" && : > "{job.path}/DONE"'
-        process = subprocess.Popen(["sh", "-c", f': > "{job.path}/begun-$$" ; {work}' if end != "hang" else work], start_new_session=True)
+        process = subprocess.Popen(["sh", "-c", f': > "{job.path}/begun-$$" ; {work}' if end != "hang" else work], start_new_session=True, preexec_fn=_die_with_parent)
         hung = yield from attend(process, lambda: end != "hang", WATCHDOG_S)
         if hung or process.returncode: raise UserError(f"{end or process.returncode}")
     return unit
