@@ -5,7 +5,7 @@ import pytest
 from nbdev.config import get_config
 from conftest import FIGURES, LIBRARY, ROOT, RUNS
 from penaltyanon import sweep
-from penaltyanon.core import finished_runs, read_json, read_yaml
+from penaltyanon.core import finished_runs, read_json, read_rows, read_yaml
 
 name = lambda p: str(p.relative_to(ROOT))
 
@@ -73,7 +73,7 @@ def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swep
     s = next(r.settings for r in finished_runs(swept) if r.settings.method == "oracle")
     for _ in follow("runs/train_anonymizer", sweep.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
     run, = tmp_path.glob("oracle-*")
-    assert (run/"data.json").exists() and not (run/"anonymizer.safetensors").exists() and not (run/"metrics.jsonl").exists()
+    assert (run/"data.json").exists() and not (run/"anonymizer.safetensors").exists() and not read_rows(run/"metrics.jsonl")
 
 
 def test_a_second_sweep_redoes_nothing(swept):
