@@ -186,11 +186,11 @@ def _with_card(
 # %% ../nbs/61_export.ipynb #c029
 def _check(
     f_A,           # nn.Module
-    data: bytes,   # the exported file
+    onnx,          # the exported file, opened
     frames,        # uint8 (n, h, w, 3)
 ) -> dict:         # of `difference`
     "Difference between file and PyTorch, frame by frame, and at a size that is a multiple of nothing."
-    onnx, reference = OnnxAnonymizer(data), torch_anonymizer(f_A)
+    reference = torch_anonymizer(f_A)
     odd = frames[:1, :max(1, frames.shape[1] - 3), :max(1, frames.shape[2] - 5)]
     parts = [frames[i:i + 1] for i in range(len(frames))] + [odd]
     pairs = [(onnx(p).ravel(), reference(p).ravel()) for p in parts]
@@ -226,10 +226,10 @@ def _same_network(
     f_A, frames,   # as for `_check`
 ) -> int:          # its opset
     "Whether a file is the fp32 file of this network."
-    there = onnx_anonymizer(traced).card
-    other = [k for k, v in (card | {"precision": "fp32"}).items() if k not in ("opset", "source", "made") and json.dumps(there.get(k, v)) != json.dumps(v)]
-    if other or _check(f_A, read_sealed(traced), frames)["max"] > 1: raise UserError(f"{traced}: is not the fp32 file of this network ({', '.join(other) or 'its frames'} differ)")
-    return there["opset"]
+    there = onnx_anonymizer(traced)
+    other = [k for k, v in (card | {"precision": "fp32"}).items() if k not in ("opset", "source", "made") and json.dumps(there.card.get(k, v)) != json.dumps(v)]
+    if other or _check(f_A, there, frames)["max"] > 1: raise UserError(f"{traced}: is not the fp32 file of this network ({', '.join(other) or 'its frames'} differ)")
+    return there.card["opset"]
 
 # %% ../nbs/61_export.ipynb #c034
 def export_onnx(
@@ -251,7 +251,7 @@ def export_onnx(
         if traced: card["opset"] = _same_network(traced, card, f_A, frames)
         else: _trace(f_A, file, opset)
         if precision == "int8": _quantize(file, file := Path(tmp) / "int8.onnx", frames)
-        card["difference"] = _check(f_A, _with_card(file, card), frames)
+        card["difference"] = _check(f_A, OnnxAnonymizer(_with_card(file, card)), frames)
         if precision == "fp32" and card["difference"]["max"] > 1: raise UserError(f"{out}: not written, differs from PyTorch by {card['difference']['max']} of 255 grey levels; report this network")
         atomic_write(out, _with_card(file, card))
     return card
