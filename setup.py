@@ -2,7 +2,7 @@
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
@@ -30,7 +30,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     long_description=(root/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=["penaltyanon"], cmdclass={"build_py": BuildWithNotebooks},
+    packages=find_packages(include=["penaltyanon", "penaltyanon.*"]), cmdclass={"build_py": BuildWithNotebooks},
     python_requires=f">={cfg['min_python']}", install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]]}, zip_safe=False,
 )

@@ -13,8 +13,8 @@ import torch.nn as nn
 from einops import rearrange
 from torchvision.models import mobilenet_v2
 
-from penaltyanon.core import UserError
-from penaltyanon.recognizers import load_builder
+from penaltyanon.core.files import UserError
+from penaltyanon.nets.recognizers import load_builder
 
 
 def weights_file(name):

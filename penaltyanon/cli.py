@@ -38,7 +38,7 @@ def spread(argv: list[str]) -> list[str]:
 def assignments(pairs: list[str], option: str = "--set") -> dict:
     "`key=value` settings; values as YAML reads them"
     import yaml
-    from penaltyanon.core import UsageError
+    from penaltyanon.core.files import UsageError
     for p in pairs:
         if "=" not in p: raise UsageError(f"{option} {p}: write key=value, e.g. {dict([('--slurm', 'partition=gpu')]).get(option, 'steps=500')}")
         if option == "--set" and (name := p.partition("=")[0]) in OWN: raise UsageError(f"--set {p}: has an option of its own, {OWN[name]}")
@@ -47,22 +47,23 @@ def assignments(pairs: list[str], option: str = "--set") -> dict:
 
 def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "local", gpus: int | None = None, slurm: list[str] = [], wait: bool = True, per_gpu: int = 1, **more) -> list:
     "Data first, then the jobs, here or through a scheduler"
-    from penaltyanon.core import UsageError
-    from penaltyanon.sweep import prepare_data, run_jobs, visible_gpus
+    from penaltyanon.core.files import UsageError
+    from penaltyanon.sweep.grid import prepare_data
+    from penaltyanon.sweep.jobs import run_jobs, visible_gpus
     if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
     if slurm and cluster != "slurm": raise UsageError("--slurm: is for --cluster slurm")
     if per_gpu > 1 and cluster != "local": raise UsageError("--jobs-per-gpu: is for --cluster local")
     options = assignments(slurm, "--slurm")
     prepare_data(cells[0])
     if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], per_gpu=per_gpu, **more)
-    from penaltyanon.cluster import run_on
+    from penaltyanon.sweep.cluster import run_on
     return run_on(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
 
 
 def plan(protocol: str, preset: str, world: str, root: Path, own: list[str], tests: list[str]) -> tuple[dict, dict]:
     "What a protocol adds to a sweep: (overrides and axes of the grid, what `run_grid` needs for the attacks)"
-    from penaltyanon.core import UsageError
-    from penaltyanon.protocols import data_of, find_protocol, pick_attacks, spec_of
+    from penaltyanon.core.files import UsageError
+    from penaltyanon.evaluate.protocols import data_of, find_protocol, pick_attacks, spec_of
     for o in own:
         if ":" not in o.partition("=")[2]: raise UsageError(f"--data-set {o}: write NAME=LOADER:FOLDER, e.g. --data-set hmdb51=hmdb51:/data/hmdb51")
     p = find_protocol(protocol)
@@ -75,7 +76,7 @@ def show_table(root: Path):
     "The closing table"
     from rich.console import Console
     from rich.table import Table
-    from penaltyanon.report import load_results, table
+    from penaltyanon.results.report import load_results, table
     rows = table(load_results(root))
     columns = [c for c in rows.columns if not c.startswith("F1")]
     grid = Table("", *columns, box=None, pad_edge=False)
@@ -92,11 +93,12 @@ def demo(
     preset: Annotated[str, typer.Option(help="settings to start from")] = "demo",
 ):
     "The main job on generated data: puppets, controls, every B, figures, report.html."
-    from penaltyanon.sweep import grid, raise_failed
+    from penaltyanon.sweep.grid import grid
+    from penaltyanon.sweep.jobs import raise_failed
     cells = grid(preset, B=B, seeds=range(seeds), action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
     todo = run_grid(cells, out, jobs, threads, retries=1)
     if any(j.state in ("done", "kept") for j in todo):
-        from penaltyanon.report import write_report
+        from penaltyanon.results.report import write_report
         page = write_report(out, jobs=jobs)
         show_table(out)
         print(f"report: {page}")
@@ -131,7 +133,8 @@ def sweep(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
-    from penaltyanon.sweep import grid, raise_failed
+    from penaltyanon.sweep.grid import grid
+    from penaltyanon.sweep.jobs import raise_failed
     named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes, action_model=action_model, backbone=backbone)
     table, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
@@ -148,7 +151,7 @@ def sweep(
 @app.command(hidden=True)
 def rank(run: Annotated[Path, typer.Argument(help="a run folder")]):
     "One of the processes that share a run's batches; `--devices` starts them."
-    from penaltyanon.trainer import rank
+    from penaltyanon.train.trainer import rank
     rank(run)
 
 
@@ -161,7 +164,7 @@ def status(
     import time
     from rich.console import Console
     from rich.live import Live
-    from penaltyanon.status import jobs_in, status_table
+    from penaltyanon.sweep.status import jobs_in, status_table
     console, jobs = Console(width=None if sys.stdout.isatty() else 170), jobs_in(runs)
     if not watch: return console.print(status_table(jobs))
     with Live(status_table(jobs), console=console) as live:
@@ -180,7 +183,7 @@ def cancel(
     run: Annotated[list[str], typer.Option(help="only these runs (or the beginning of a name); else all, and the sweep itself")] = [],
 ):
     "End runs that are running or queued; their checkpoints stay, and a sweep takes them up again."
-    from penaltyanon.status import cancel
+    from penaltyanon.sweep.status import cancel
     print("\n".join(cancel(runs, tuple(run))) or f"{runs}: nothing is running or queued")
 
 
@@ -189,7 +192,7 @@ def protocols():
     "The tables of the paper as protocols for `penaltyanon sweep --protocol`."
     from rich.console import Console
     from rich.table import Table
-    from penaltyanon.protocols import PROTOCOLS
+    from penaltyanon.evaluate.protocols import PROTOCOLS
     grid = Table("protocol", "what", "game", "attacks beyond the known", box=None, pad_edge=False)
     for name, p in PROTOCOLS.items(): grid.add_row(name, p.title, f"{p.action} + {p.privacy}", ", ".join(a.name for a in p.attacks) or "-")
     Console(width=None if sys.stdout.isatty() else 170).print(grid)
@@ -206,8 +209,9 @@ def attack(
     jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
 ):
     "A protocol's attackers against every finished run of a folder; answers that are there are kept."
-    from penaltyanon.core import UserError, finished_runs
-    from penaltyanon.sweep import raise_failed, run_jobs
+    from penaltyanon.core.files import UserError
+    from penaltyanon.core.run_folder import finished_runs
+    from penaltyanon.sweep.jobs import raise_failed, run_jobs
     cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
     if not cells: raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
     _, attacks = plan(protocol, cells[0].preset, world, data, data_set, tests)
@@ -223,7 +227,7 @@ def report(
     jobs: Jobs = 2,
 ):
     "Figures and tables of finished runs on one page."
-    from penaltyanon.report import write_report
+    from penaltyanon.results.report import write_report
     page = write_report(runs, out, jobs=jobs)
     show_table(runs)
     print(f"report: {page}")
@@ -238,7 +242,7 @@ def puppets(
     world: Annotated[str, typer.Option(help="a, or b: eight other actions, five other private attributes")] = "a",
 ):
     "Generate the embedded data set: acting puppets with known truth."
-    from penaltyanon.puppets import write_puppets
+    from penaltyanon.data.puppets import write_puppets
     print(write_puppets(root, train=train, test=test, seed=seed, world=world))
 
 
@@ -259,7 +263,7 @@ def data_check(
     sheet: Annotated[Path | None, typer.Option(help="PNG file for a contact sheet of thumbnails; else none")] = None,
 ):
     "Verify a data folder: counts, missing and damaged files, labels; says where to get what is missing. Exit code 1 when incomplete."
-    from penaltyanon.datacheck import check_data
+    from penaltyanon.data.check import check_data
     found = check_data(name, root, split, attributes, sheet)
     print(found.text)
     raise typer.Exit(0 if found.complete else 1)
@@ -274,10 +278,10 @@ def export(
     data: Annotated[str, typer.Option(help="frames to check on and to calibrate int8 with, loader:folder; else drawn ones")] = "",
 ):
     "An anonymizer as one ONNX file that runs without PyTorch, checked against it."
-    from penaltyanon.export import export_onnx
+    from penaltyanon.edge.export import export_onnx
     frames = None
     if data:
-        from penaltyanon.distill import sample_frames
+        from penaltyanon.train.distill import sample_frames
         frames = sample_frames(data, 24, 240, 320)
     card = export_onnx(model, out, precision, opset, frames)
     print("{out}: {precision}, off by {max} of 255 grey levels at most, {mean} on average".format(out=out, precision=precision, **card["difference"]))
@@ -296,7 +300,7 @@ def distill(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
 ):
     "A small fast anonymizer that imitates a trained one, for export to a camera."
-    from penaltyanon.distill import distill
+    from penaltyanon.train.distill import distill
     close = distill(model, out, data, steps, student, size, batch, seed, device)["fidelity"]
     print("{out}: off by {l1} of 255 grey levels on average ({psnr} dB); next: penaltyanon export {out} {onnx} --precision int8".format(out=out, onnx=out.with_suffix(".onnx"), **close))
 
@@ -321,8 +325,8 @@ def anonymize(
 ):
     "Anonymize films, images, folders, cameras; never a raw frame."
     import signal
-    from penaltyanon import deploy
-    from penaltyanon.core import UserError
+    from penaltyanon.edge import command as deploy
+    from penaltyanon.core.files import UserError
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
     options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force)
     told = deploy.anonymize(source, output, model, options, device, workers, preview, report)

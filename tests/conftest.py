@@ -4,7 +4,8 @@ from pathlib import Path
 import nbformat, pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
+WINGS = ("core", "nets", "data", "edge", "train", "evaluate", "sweep", "results")     # from the ground up
+LIBRARY = [nb for wing in WINGS for nb in sorted(ROOT.glob(f"nbs/{wing}/[0-9]_*.ipynb"))]
 RUNS = sorted(ROOT.glob("nbs/runs/*.ipynb"))
 FIGURES = sorted(ROOT.glob("nbs/figures/*.ipynb"))
 SHARED = Path(os.environ.get("PENALTYANON_SHARED") or ROOT.parent/"shared"/"data")    # real clips and weights, where they are
@@ -57,18 +58,18 @@ def processes():
     "Processes forked from one that has the libraries already: importing them anew for every notebook took a third of the time."
     from multiprocessing.forkserver import ensure_running
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["matplotlib.pyplot", "nbdev.test", "penaltyanon.attacks", "penaltyanon.puppets", "penaltyanon.report", "penaltyanon.shipped", "penaltyanon.sweep",
-                                 "penaltyanon.tables", "penaltyanon.trainer"])        # tests/ itself is not on the server's path
+    fork.set_forkserver_preload(["matplotlib.pyplot", "nbdev.test", "penaltyanon.evaluate.attacks", "penaltyanon.evaluate.files", "penaltyanon.data.puppets",
+                                 "penaltyanon.results.report", "penaltyanon.results.tables", "penaltyanon.sweep.jobs", "penaltyanon.train.trainer"])        # tests/ itself is not on the server's path
     ensure_running()                    # with this environment, not that of the first test that needs it
     return fork
 
 
 @pytest.fixture(scope="session")
 def follow(processes):
-    "`sweep.follow` without papermill: a notebook in a forked process, nothing written but what its cells write."
+    "`notebooks.follow` without papermill: a notebook in a forked process, nothing written but what its cells write."
     from attempts import attempt
-    from penaltyanon.core import UserError
-    from penaltyanon.sweep import check_parameters, find_notebook
+    from penaltyanon.core.files import UserError
+    from penaltyanon.sweep.notebooks import check_parameters, find_notebook
     def follow(name, parameters, output, seconds=600, **how):
         check_parameters(source := find_notebook(name), parameters)
         log = Path(output).with_suffix(".log")
@@ -86,18 +87,18 @@ def follow(processes):
 
 @pytest.fixture(scope="session")
 def work(follow):
-    "`sweep.work` without papermill."
-    from penaltyanon import sweep
-    return functools.partial(sweep.work, via=follow)
+    "`jobs.work` without papermill."
+    from penaltyanon.sweep import jobs
+    return functools.partial(jobs.work, via=follow)
 
 
 @pytest.fixture(scope="session")
 def begin(processes):
     "Starts an attempt at a run, in a forked process."
     from attempts import attempt
-    from penaltyanon import sweep
+    from penaltyanon.sweep import grid, jobs, notebooks
     def begin(s, root, log, die_at=None):
-        p = processes.Process(target=attempt, args=([sweep.find_notebook(n) for n in sweep.STAGES], sweep.run_parameters(s, root), log, die_at))
+        p = processes.Process(target=attempt, args=([notebooks.find_notebook(n) for n in jobs.STAGES], grid.run_parameters(s, root), log, die_at))
         p.start()
         return p
     return begin

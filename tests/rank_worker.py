@@ -5,11 +5,13 @@
 A game `METHOD-alone` is what would be wrong: negatives of the process's own images only."""
 import sys
 import torch
-from penaltyanon import ranks as ranks_module, training
-from penaltyanon.anonymizers import UNetPP, freeze_batchnorm
-from penaltyanon.core import resolve, seed_everything
-from penaltyanon.methods import METHODS
-from penaltyanon.ranks import ALONE, Ranks
+from penaltyanon.train import batches, minimax
+from penaltyanon.train import ranks as ranks_module
+from penaltyanon.nets.anonymizers import UNetPP, freeze_batchnorm
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.settings import resolve
+from penaltyanon.train.methods import METHODS
+from penaltyanon.train.ranks import ALONE, Ranks
 from test_training import CPU, Data
 
 devices, out, games = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -32,15 +34,15 @@ def play(name, gather):
     ranks_module.Ranks.gather = everyone if gather else lambda self, z, views=2: z if views == 2 else everyone(self, z, views)
     s, aims = resolve("smoke", method=name, backbone="unetpp", decoder=(16, 8, 8, 8), precision="fp32", lr_anonymizer=1e-3, clip_grad=0.0, steps=4, batch_clips=4, batch_images=8, ensemble=1, restart_every=0, privacy_updates=2), METHODS[name]
     seed_everything(0)
-    p = training.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
+    p = minimax.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
     p.ranks = ranks
     for net in (p.f_T, p.f_B): ranks_module.share_batchnorm(net, ranks)
-    clips, images = training.endless(Labelled(8), 4, 0, ranks=ranks), training.endless(Labelled(16), 8, 1, ranks=ranks)
+    clips, images = batches.endless(Labelled(8), 4, 0, ranks=ranks), batches.endless(Labelled(16), 8, 1, ranks=ranks)
     grads, rows = {}, []
     for key, net, opt in (("f_A", p.f_A, p.opt_A), ("f_T", p.f_T, p.opt_T), ("f_B", p.f_B, p.opt_B)):
         def remember(opt, *_, key=key, net=net): grads.setdefault(key, torch.cat([q.grad.flatten().clone() for q in net.parameters() if q.grad is not None]))
         opt.register_step_pre_hook(remember)
-    training.minimax(p, clips, images, s, rows.append, progress=False, method=aims)
+    minimax.minimax(p, clips, images, s, rows.append, progress=False, method=aims)
     return dict(grads=grads, lam=(p.lam.value, p.lam.memory), rows=[{k: v for k, v in r.items() if k not in ("ms", "stage")} for r in rows])
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import av, numpy as np, pytest
 from PIL import Image
 from conftest import SHARED
-from penaltyanon import anonymize as one, cli, deploy, guards, streams
-from penaltyanon.anonymize import Options, anonymize_file
-from penaltyanon.core import UserError
-from penaltyanon.guards import Anonymizer
-from penaltyanon.streams import decode
+from penaltyanon import cli
+from penaltyanon.edge import anonymize as one, command as deploy, guards, streams
+from penaltyanon.edge.anonymize import Options, anonymize_file
+from penaltyanon.core.files import UserError
+from penaltyanon.edge.guards import Anonymizer
+from penaltyanon.edge.streams import decode
 
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real clips under {SHARED}; set PENALTYANON_SHARED")
 N = 12
@@ -252,8 +253,8 @@ def test_memory_runs_out(tmp_path, standalone):
 
 SLOW = """
 import sys, time, numpy as np
-from penaltyanon.anonymize import Options, anonymize_file
-from penaltyanon.guards import Anonymizer
+from penaltyanon.edge.anonymize import Options, anonymize_file
+from penaltyanon.edge.guards import Anonymizer
 def slow(f): time.sleep(0.05 * len(f)); return np.full_like(f, 128)
 anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(slow), Options(codec="mjpeg"))
 """                 # each picture of MJPEG is large and whole, so the file grows long before its end
@@ -275,7 +276,7 @@ def test_kill_leaves_nothing_that_looks_finished(tmp_path):
 def test_a_full_disk(tmp_path):
     "The system refuses to write more than two kilobytes."
     source = film(tmp_path/"in.avi", [np.random.default_rng(i).integers(0, 255, (64, 96, 3), dtype=np.uint8) for i in range(20)], codec="mjpeg", pix_fmt="yuvj420p")
-    code = "import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nfrom penaltyanon.anonymize import anonymize_file\nfrom penaltyanon.guards import Anonymizer\nprint(anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f)))"
+    code = "import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import Anonymizer\nprint(anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f)))"
     for suffix in ".mp4", ".mkv", ".avi":
         r = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path/f"out{suffix}")], capture_output=True, text=True, timeout=60)
         assert "'failed'" in r.stdout and "File too large" in r.stdout, r.stdout + r.stderr
@@ -357,7 +358,7 @@ def test_damaged_films(tmp_path):
 # ---- as a stream
 def test_memory_does_not_grow_with_the_film(tmp_path):
     "The highest memory of a process for 2 seconds and for 40: the same."
-    code = "import sys\nfrom penaltyanon.anonymize import anonymize_file\nfrom penaltyanon.guards import Anonymizer\ne = anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f))\nprint(e['frames_out'], next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    code = "import sys\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import Anonymizer\ne = anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f))\nprint(e['frames_out'], next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     if not Path("/proc/self/status").exists(): pytest.skip("no /proc here to read a process's highest memory from")
     used = {}
     for n in 50, 1000:
@@ -388,7 +389,7 @@ def test_a_camera_is_stopped_and_its_film_is_whole(tmp_path):
         except BrokenPipeError: pass
     threading.Thread(target=feed, daemon=True).start()
     # a shell that starts tests in the background has Ctrl-C ignored, and children inherit that: the camera's process listens again
-    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon import deploy\nfrom penaltyanon.guards import Anonymizer\nprint(deploy.closing(deploy.anonymize(sys.argv[1], sys.argv[2], Anonymizer(lambda f: np.full_like(f, 128)))))"
+    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon.edge import command as deploy\nfrom penaltyanon.edge.guards import Anonymizer\nprint(deploy.closing(deploy.anonymize(sys.argv[1], sys.argv[2], Anonymizer(lambda f: np.full_like(f, 128)))))"
     with subprocess.Popen([sys.executable, "-c", code, str(pipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         deadline = time.time() + 60
         while not any(f.stat().st_size > 2000 for f in tmp_path.glob(".out*.part")) and time.time() < deadline and p.poll() is None: time.sleep(0.1)
@@ -480,8 +481,8 @@ def test_mistakes_are_one_line(tmp_path, call, line, code, says):
 
 
 def test_an_onnx_file_is_opened_by_its_own_module(tmp_path, monkeypatch):
-    stub = type(sys)("penaltyanon.export"); stub.onnx_anonymizer = lambda path, **k: lambda f: 255 - f
-    monkeypatch.setitem(sys.modules, "penaltyanon.export", stub)
+    stub = type(sys)("penaltyanon.edge.export"); stub.onnx_anonymizer = lambda path, **k: lambda f: 255 - f
+    monkeypatch.setitem(sys.modules, "penaltyanon.edge.export", stub)
     (tmp_path/"net.onnx").write_bytes(b"\x08\x07net")
     model = deploy.open_model(tmp_path/"net.onnx")
     assert model.name == "net.onnx" and model.sha256 == guards.file_hash(tmp_path/"net.onnx")

@@ -50,16 +50,17 @@ def test_a_failure_inside_a_run_is_named_and_leaves_nothing_finished(tmp_path):
 
 def test_demo_reports_what_finished_and_still_fails(tmp_path, monkeypatch, capsys):
     "The jobs themselves are replaced by SYNTHETIC runs, one of which fails."
-    from penaltyanon import report, sweep
+    from penaltyanon.sweep import grid, jobs
+    from penaltyanon.results import report
     asked = []
-    def jobs(cells, out, **k):
+    def run_jobs(cells, out, **k):
         asked.extend(cells)
         fake_run(out, "raw", 1.0, 0, 90., 80., "raw")
-        todo = [sweep.Job(s, out, state="done") for s in cells]
+        todo = [jobs.Job(s, out, state="done") for s in cells]
         todo[-1].state, todo[-1].reason = "failed", "the lights went out"
         return todo
-    monkeypatch.setattr(sweep, "run_jobs", jobs)
-    monkeypatch.setattr(sweep, "prepare_data", lambda s: asked.append(s))
+    monkeypatch.setattr(jobs, "run_jobs", run_jobs)
+    monkeypatch.setattr(grid, "prepare_data", lambda s: asked.append(s))
     monkeypatch.setattr(report, "write_report", lambda root, **k: root/"report.html")
     with pytest.raises(SystemExit) as e: cli.main(["demo", "--out", str(tmp_path/"SYNTHETIC"), "--data", "d", "--B", "0.3", "0.9", "--seeds", "2"])
     said = capsys.readouterr()

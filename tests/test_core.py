@@ -3,9 +3,11 @@ import math, os
 from dataclasses import fields, replace
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from penaltyanon import core
+from penaltyanon.core import files, machine, run_folder, settings
 from conftest import ROOT
-from penaltyanon.core import MACHINE, PRESETS, RunFolder, Settings, UsageError, UserError, resolve
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import MACHINE, PRESETS, Settings, resolve
 
 quick = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -17,14 +19,14 @@ class Killed(BaseException): "A kill: no `except Exception` sees it."
 @given(old=st.binary(max_size=200), new=st.binary(max_size=200), where=st.sampled_from(["fsync", "replace"]),
        what=st.sampled_from([OSError(28, "No space left on device"), KeyboardInterrupt(), Killed(), RuntimeError("x")]))
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, old, new, where, what):
-    path = core.atomic_write(tmp_path/"f", old)
+    path = files.atomic_write(tmp_path/"f", old)
     def fail(*args): raise what
     with pytest.MonkeyPatch.context() as m:
         m.setattr(os, where, fail)
-        with pytest.raises(UserError if isinstance(what, OSError) else type(what)): core.atomic_write(path, new)
+        with pytest.raises(UserError if isinstance(what, OSError) else type(what)): files.atomic_write(path, new)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
-    core.atomic_write(path, new)
+    files.atomic_write(path, new)
     assert path.read_bytes() == new
 
 
@@ -37,7 +39,7 @@ text = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
 def values_of(field):
     "A strategy for one setting: anything its comment allows."
     name = field.name
-    if name in core.CHOICES: return st.sampled_from(core.CHOICES[name])
+    if name in settings.CHOICES: return st.sampled_from(settings.CHOICES[name])
     if name == "decoder": return st.lists(count, min_size=1, max_size=5)
     if name == "B": return zero_up | st.just(math.inf)
     if name in ("crop", "holdout", "margin", "keep_rate"): return st.floats(0.01, 0.99)
@@ -52,8 +54,8 @@ any_settings = st.fixed_dictionaries({f.name: values_of(f) for f in fields(Setti
 @quick
 @given(s=any_settings)
 def test_settings_come_back_from_yaml(tmp_path, s):
-    path = core.write_yaml(tmp_path/"params.yaml", core.settings_dict(s))
-    assert Settings(**core.read_yaml(path)) == s
+    path = files.write_yaml(tmp_path/"params.yaml", settings.settings_dict(s))
+    assert Settings(**files.read_yaml(path)) == s
 
 
 @quick
@@ -62,32 +64,32 @@ def test_the_hash_changes_with_every_field_that_matters(s, data):
     field = data.draw(st.sampled_from(fields(Settings)))
     other = data.draw(values_of(field).filter(lambda v: (tuple(v) if isinstance(v, list) else v) != getattr(s, field.name)))
     changed = replace(s, **{field.name: other})
-    assert (core.settings_hash(changed) == core.settings_hash(s)) == (field.name in MACHINE)
-    assert (core.run_name(changed) == core.run_name(s)) == (field.name in MACHINE)
-    own = changed.method != s.method and {changed.method, s.method} & set(core.OWN_START)
-    assert (core.start_key(changed) == core.start_key(s)) == (field.name not in core.START and not own)
+    assert (settings.settings_hash(changed) == settings.settings_hash(s)) == (field.name in MACHINE)
+    assert (settings.run_name(changed) == settings.run_name(s)) == (field.name in MACHINE)
+    own = changed.method != s.method and {changed.method, s.method} & set(settings.OWN_START)
+    assert (settings.start_key(changed) == settings.start_key(s)) == (field.name not in settings.START and not own)
 
 
 def test_committed_runs_keep_their_names_and_hashes():
     "Their params.yaml were written before the fields of LATER existed, or after; the folder's name must be the same."
-    runs = [core.RunFolder.open(p.parent) for p in sorted((ROOT/"runs").glob("*/*/params.yaml"))]
-    old = [r for r in runs if not set(core.LATER) & set(core.read_yaml(r/"params.yaml"))]
-    assert [core.run_name(r.settings) for r in runs] == [r.path.name for r in runs] and len(old) >= 18
-    again = [resolve(**core.read_yaml(r/"params.yaml")) for r in old]
-    assert [core.run_name(s) for s in again] == [r.path.name for r in old], "asked for today, they are found"
-    assert core.start_key(resolve("demo")) == "8a98ddf1", "the starts that lie on disk are found as well"
+    runs = [run_folder.RunFolder.open(p.parent) for p in sorted((ROOT/"runs").glob("*/*/params.yaml"))]
+    old = [r for r in runs if not set(settings.LATER) & set(files.read_yaml(r/"params.yaml"))]
+    assert [settings.run_name(r.settings) for r in runs] == [r.path.name for r in runs] and len(old) >= 18
+    again = [resolve(**files.read_yaml(r/"params.yaml")) for r in old]
+    assert [settings.run_name(s) for s in again] == [r.path.name for r in old], "asked for today, they are found"
+    assert settings.start_key(resolve("demo")) == "8a98ddf1", "the starts that lie on disk are found as well"
 
 
-@pytest.mark.parametrize("method", core.CHOICES["method"])
+@pytest.mark.parametrize("method", settings.CHOICES["method"])
 def test_only_the_penalty_method_has_a_bound(method):
     "Whatever bound a sweep hands to another method, it is the same run."
     one, other = (resolve("demo", method=method, B=B, lam=2.0, penalty="hinge") for B in (0.3, 0.7))
     assert (one == other) == (method != "penalty")
-    assert core.run_name(one).startswith(f"{method}-{one.backbone}-s0-" if method in core.TRAINED[1:] else method)
+    assert settings.run_name(one).startswith(f"{method}-{one.backbone}-s0-" if method in settings.TRAINED[1:] else method)
 
 
 def test_the_hash_is_the_same_in_another_process():
-    assert core._hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % core._hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
+    assert settings._hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % settings._hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
 
 
 numbers = [f.name for f in fields(Settings) if type(getattr(Settings(), f.name)) in (int, float)]
@@ -132,11 +134,11 @@ def test_done_is_written_last(tmp_path, monkeypatch):
     def fail(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="results.json"): run.finish({"B": 0.3})
-    assert not run.is_done and core.finished_runs(tmp_path) == []
+    assert not run.is_done and run_folder.finished_runs(tmp_path) == []
 
 
 def test_environment_says_which_commit(tmp_path):
-    env = core.capture_env()
+    env = machine.capture_env()
     assert set(env) >= {"python", "cpu", "cores", "threads", "device_name", "versions", "commit", "dirty", "date"}
-    core.write_json(tmp_path/"env.json", env)
-    assert core.read_json(tmp_path/"env.json") == env
+    files.write_json(tmp_path/"env.json", env)
+    assert files.read_json(tmp_path/"env.json") == env

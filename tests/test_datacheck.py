@@ -5,11 +5,11 @@ import numpy as np, pytest
 from PIL import Image
 from conftest import SHARED
 from penaltyanon.cli import main
-from penaltyanon.core import UsageError
-from penaltyanon.datacheck import FACTS, base_rates, check_data, facts_of
-from penaltyanon.datasets import SOURCES
-from penaltyanon.layouts import write_layouts
-from penaltyanon.records import read_labels
+from penaltyanon.core.files import UsageError
+from penaltyanon.data.check import FACTS, base_rates, check_data, facts_of
+from penaltyanon.data.sources import SOURCES
+from penaltyanon.data.layouts import write_layouts
+from penaltyanon.data.records import read_labels
 
 real = lambda folder: pytest.mark.skipif(not (SHARED/folder).is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
 SPECS = {"ucf101": "ucf101", "vp-ucf101": "ucf101", "hmdb51": "hmdb51", "vp-hmdb51": "hmdb51", "pa-hmdb51": "hmdb51", "vispr1": "vispr", "vispr2": "vispr", "vispr-pa": "vispr"}
@@ -25,7 +25,7 @@ def own(root, tmp_path): return Path(shutil.copytree(root, tmp_path/"own"))
 
 def official(monkeypatch, name, root):
     "Make the generated set's own counts the official ones."
-    from penaltyanon.datacheck import Facts, find
+    from penaltyanon.data.check import Facts, find
     counts = find(name, root).counts
     for key, facts in FACTS.items(): monkeypatch.setitem(FACTS, key, Facts(facts.title, {k: counts[k] for k in facts.counts if k in counts}, facts.get, facts.terms))
 
@@ -98,7 +98,7 @@ def test_unlabelled_and_constant_attributes(own):
 
 
 def test_generated_data(tmp_path):
-    from penaltyanon.puppets import write_puppets
+    from penaltyanon.data.puppets import write_puppets
     root = write_puppets(tmp_path/"p", train=8, test=8, images=(3, 2), size=32, frames=4, workers=1, progress=False)
     for name in "puppets", "puppets-images", "puppets-oracle", "puppets-oracle-images": assert check_data(name, root).complete, name
     (root/"oracle/vispr/test2017").joinpath(next((root/"oracle/vispr/test2017").glob("*.png")).name).unlink()

@@ -7,12 +7,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from conftest import SHARED
-from penaltyanon import datasets, records
-from penaltyanon.core import UsageError, UserError
-from penaltyanon.datasets import (SOURCES, VISPR1, VISPR2, VP_ATTRIBUTES, ClipDataset, FrameDataset, Record, attribute_images, attributes_at, data_manifest,
-                                  hmdb51, index_files, open_data, pa_hmdb51, read_labels, split_holdout, twin, ucf101, vispr)
-from penaltyanon.layouts import HMDB_CLASSES, TITLES, write_layouts
-from penaltyanon.video import read_frames, sample_indices, write_video
+from penaltyanon.data import datasets, records, sources, transforms
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.data.datasets import ClipDataset, FrameDataset
+from penaltyanon.data.records import Record, VP_ATTRIBUTES, attributes_at, index_files, read_labels
+from penaltyanon.data.sources import (SOURCES, VISPR1, VISPR2, attribute_images, data_manifest, hmdb51, open_data,
+                                      pa_hmdb51, split_holdout, twin, ucf101, vispr)
+from penaltyanon.data.layouts import HMDB_CLASSES, TITLES, write_layouts
+from penaltyanon.data.video import read_frames, sample_indices, write_video
 
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real data under {SHARED}; set PENALTYANON_SHARED")
 LISTS = "ucfTrainTestlist"
@@ -392,11 +394,11 @@ def test_test_items_are_evenly_spaced_centre_crops(ucf):
     item = ClipDataset([r], frames=4, skip=2, size=16, train=False, views=3)[0]
     assert item["clip"].shape == (3, 3, 4, 16, 16) and item["name"] == r.name and item["index"] == 0 and item["action"] == 0
     raw = read_frames(r.path, sample_indices(r.frames, 4, 2, view=2, views=3), 20)
-    assert torch.equal(item["clip"][2], datasets.test_clip(raw, 16, 0.8)) and item["attributes"].tolist() == list(r.attributes)
+    assert torch.equal(item["clip"][2], transforms.test_clip(raw, 16, 0.8)) and item["attributes"].tolist() == list(r.attributes)
     frames = FrameDataset([r], size=16, train=False, views=4)[0]["frame"]
     assert frames.shape == (4, 3, 16, 16) and FrameDataset([r], size=16, train=False)[0]["frame"].shape == (3, 16, 16)
     want = read_frames(r.path, [int((v + 0.5) * r.frames / 4) for v in range(4)], 20)
-    assert torch.equal(frames, datasets.test_clip(want, 16, 0.8).transpose(0, 1))
+    assert torch.equal(frames, transforms.test_clip(want, 16, 0.8).transpose(0, 1))
 
 
 def test_flip_can_be_switched_off(tmp_path):
@@ -518,9 +520,9 @@ def test_real_faces():
 @real
 def test_real_vispr_labels(tmp_path):
     "The official labels of 22,167 photos, on stand-in images for a few of them."
-    found = datasets._vispr_labels(SHARED/"vispr-annotations")
-    known = datasets._vispr_vocabulary(SHARED/"vispr-annotations", found)
-    assert len(found) == 22167 and len(known) == 67 and set(VISPR1 + datasets.VISPR2) <= set(known)
+    found = sources._vispr_labels(SHARED/"vispr-annotations")
+    known = sources._vispr_vocabulary(SHARED/"vispr-annotations", found)
+    assert len(found) == 22167 and len(known) == 67 and set(VISPR1 + sources.VISPR2) <= set(known)
     assert [sum(s == p for s, _ in found.values()) for p in ("train2017", "val2017", "test2017")] == [10000, 4167, 8000]
     refuse(lambda: vispr(SHARED/"vispr-annotations"), "18000 labelled images are missing")
 
@@ -532,15 +534,15 @@ def test_real_vispr_matrices(tmp_path, monkeypatch):
     for part in "train2017", "val2017", "test2017": (tmp_path/part).mkdir()
     for i, (part, _) in rows.items(): (tmp_path/part/f"{i}.jpg").touch()                        # we have the labels, not the photos
     for f in "vispr_labels.csv", "attributes.tsv": shutil.copy(SHARED/"vispr-annotations"/f, tmp_path)
-    monkeypatch.setattr(datasets, "index_files", lambda root, names: (dict.fromkeys(names, 1), ()))
+    monkeypatch.setattr(records, "index_files", lambda root, names: (dict.fromkeys(names, 1), ()))
     either = {"skin_color": {"a17_color"}, "face": {"a9_face_complete", "a10_face_partial"}, "gender": {"a4_gender"}, "nudity": {"a12_semi_nudity"},
               "relationship": {"a64_rel_personal", "a65_rel_social"}}
-    for asked, columns in (VISPR1, [{a} for a in VISPR1]), (VISPR2, [{a} for a in VISPR2]), (datasets.VISPR_PA, list(either.values())):
-        names, items = datasets._vispr_rows(tmp_path, asked)
+    for asked, columns in (VISPR1, [{a} for a in VISPR1]), (VISPR2, [{a} for a in VISPR2]), (sources.VISPR_PA, list(either.values())):
+        names, items = sources._vispr_rows(tmp_path, asked)
         want = {i: (part, tuple(float(not x.isdisjoint(labels)) for x in columns)) for i, (part, labels) in rows.items()}
         assert names == tuple(asked) and {Path(f).stem: (f"{part}2017", v) for f, part, v in items} == want and len(items) == 22167
         assert all(0.001 < rate < 0.9 for rate in np.mean([v for *_, v in items], 0))
-    assert tuple(datasets.VISPR_PA) == VP_ATTRIBUTES == tuple(either)
+    assert tuple(sources.VISPR_PA) == VP_ATTRIBUTES == tuple(either)
     c = open_data(f"vispr-pa:{tmp_path}")
     assert (len(c.train), len(c.test)) == (10000, 8000) and c.attribute_names == VP_ATTRIBUTES
     assert all(r.attributes == want[r.path.stem][1] and r.path.parent.name == want[r.path.stem][0] for r in c.train + c.test)

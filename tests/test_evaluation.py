@@ -2,12 +2,13 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
-from penaltyanon import evaluation as ev
-from penaltyanon.anonymizers import Identity
-from penaltyanon.core import resolve, seed_everything
-from penaltyanon.intervals import accuracies, counts, interval
-from penaltyanon.losses import attribute_loss
-from penaltyanon.recognizers import PRIVACY_MODELS, build_model
+from penaltyanon.evaluate import attackers as ev
+from penaltyanon.nets.anonymizers import Identity
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.settings import resolve
+from penaltyanon.evaluate.intervals import accuracies, counts, interval
+from penaltyanon.train.losses import attribute_loss
+from penaltyanon.nets.recognizers import PRIVACY_MODELS, build_model
 
 CPU, S = torch.device("cpu"), resolve("smoke", precision="fp32", eval_batch=8)
 

@@ -2,13 +2,13 @@
 import json, subprocess, sys
 import numpy as np
 import pytest, torch
-from penaltyanon import export
-from penaltyanon.anonymizers import UNet, UNetPP, freeze_batchnorm, load_anonymizer, save_anonymizer
+from penaltyanon.edge import export
+from penaltyanon.nets.anonymizers import UNet, UNetPP, freeze_batchnorm, load_anonymizer, save_anonymizer
 from penaltyanon.cli import main
-from penaltyanon.core import UserError, UsageError
-from penaltyanon.distill import distill, endless_frames, fidelity, imitate, sample_frames
-from penaltyanon.export import difference, export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
-from penaltyanon.student import TinyNet
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.train.distill import distill, endless_frames, fidelity, imitate, sample_frames
+from penaltyanon.edge.export import difference, export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
+from penaltyanon.nets.student import TinyNet
 
 torch.set_num_threads(1)
 
@@ -108,7 +108,7 @@ def test_a_file_without_card_is_refused(file, tmp_path):
 
 
 def test_a_sealed_file_that_is_no_network_is_refused(tmp_path):
-    from penaltyanon.export import _BLANK, _sealed
+    from penaltyanon.edge.export import _BLANK, _sealed
     refused(_sealed(b'text {"file_sha256": "%s"}' % _BLANK.encode()), tmp_path/"text.onnx", "onnxruntime cannot run it")
 
 
@@ -130,7 +130,7 @@ def test_a_failed_export_leaves_nothing_but_the_old_file(file, tmp_path, monkeyp
 
 # ---- without PyTorch
 def test_running_a_file_imports_no_pytorch(file):
-    code = f"""import sys, numpy as np; from penaltyanon.export import onnx_anonymizer
+    code = f"""import sys, numpy as np; from penaltyanon.edge.export import onnx_anonymizer
 out = onnx_anonymizer({str(file)!r})(np.zeros((1, 20, 30, 3), np.uint8)); print(out.shape, [m for m in ("torch", "onnx", "scipy") if m in sys.modules])"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "(1, 20, 30, 3) []"
 

@@ -1,9 +1,9 @@
 "Figures and the report rebuild from run folders alone and say what is missing. All runs in here are SYNTHETIC."
 import re, shutil, subprocess, sys
 import matplotlib.image, pytest
-from penaltyanon import report
-from penaltyanon.core import UserError, read_json
-from penaltyanon.sweep import run_notebook
+from penaltyanon.results import report
+from penaltyanon.core.files import UserError, read_json
+from penaltyanon.sweep.notebooks import run_notebook
 from conftest import FIGURES
 from synthetic import fake_run, fake_sweep
 

@@ -1,10 +1,10 @@
 "Generated data in the official layouts: the same bytes for a seed, complete or not there, everything a loader may ask for."
 import hashlib, json
 import numpy as np, pytest
-from penaltyanon.core import UsageError, UserError
-from penaltyanon.datasets import VISPR1, VISPR2, open_data
-from penaltyanon.layouts import HMDB_CLASSES, UCF_CLASSES, write_layouts
-from penaltyanon.records import read_frame_labels, read_labels
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.data.sources import VISPR1, VISPR2, open_data
+from penaltyanon.data.layouts import HMDB_CLASSES, UCF_CLASSES, write_layouts
+from penaltyanon.data.records import read_frame_labels, read_labels
 
 SMALL = dict(groups=4, images=(6, 2, 4), size=32, frames=6)
 SPECS = {"ucf101": "ucf101", "vp-ucf101": "ucf101", "hmdb51": "hmdb51", "vp-hmdb51": "hmdb51", "pa-hmdb51": "hmdb51", "vispr1": "vispr",
@@ -57,7 +57,7 @@ def test_files_are_what_the_archives_have(root):
 
 
 def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
-    from penaltyanon import layouts
+    from penaltyanon.data import layouts
     monkeypatch.setattr(layouts, "_write_images", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): write_layouts(tmp_path/"x", **SMALL)
     assert not list(tmp_path.iterdir())

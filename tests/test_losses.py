@@ -2,8 +2,8 @@
 import math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from penaltyanon.core import UsageError
-from penaltyanon.losses import IMAGENET_STD, anonymizer_objective, dual_ascent, nt_xent, rms, rms_hinge
+from penaltyanon.core.files import UsageError
+from penaltyanon.train.losses import IMAGENET_STD, anonymizer_objective, dual_ascent, nt_xent, rms, rms_hinge
 
 few = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31 - 1)

@@ -2,12 +2,15 @@
 import itertools, math
 from dataclasses import replace
 import pytest, torch
-from penaltyanon import methods, training
-from penaltyanon.anonymizers import UNet, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
-from penaltyanon.core import CHOICES, OWN, TRAINED, UsageError, resolve, run_name, seed_everything, settings_dict, start_key
-from penaltyanon.methods import METHODS, make_anonymizer, open_anonymizer
-from penaltyanon.obfuscation import OBFUSCATIONS
-from penaltyanon.stprivacy import SIZES, TokenAnonymizer, keep_rate_loss
+from penaltyanon.train import batches, minimax, start
+from penaltyanon.train import methods
+from penaltyanon.nets.anonymizers import UNet, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
+from penaltyanon.core.files import UsageError
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.settings import CHOICES, OWN, TRAINED, resolve, run_name, settings_dict, start_key
+from penaltyanon.train.methods import METHODS, make_anonymizer, open_anonymizer
+from penaltyanon.nets.obfuscation import OBFUSCATIONS
+from penaltyanon.nets.stprivacy import SIZES, TokenAnonymizer, keep_rate_loss
 
 CPU = torch.device("cpu")
 
@@ -39,17 +42,17 @@ def anonymizer(s):
 
 def players(s, method=None, seed=0):
     seed_everything(seed)
-    return training.make_players(s, anonymizer(s), 3, CPU, attributes=2, method=method or METHODS[s.method])
+    return minimax.make_players(s, anonymizer(s), 3, CPU, attributes=2, method=method or METHODS[s.method])
 
 
-def streams(s): return training.endless(Data(3 if s.method == "tedspad" and s.triplet else 1), 4, 0), training.endless(Data(), 4, 0)
+def streams(s): return batches.endless(Data(3 if s.method == "tedspad" and s.triplet else 1), 4, 0), batches.endless(Data(), 4, 0)
 
 
 def play(name, method=None, **changes):
     s, rows = settings(name, **changes), []
     method = method or METHODS[name]
     p = players(s, method)
-    training.minimax(p, *streams(s), s, rows.append, progress=False, method=method)
+    minimax.minimax(p, *streams(s), s, rows.append, progress=False, method=method)
     return p, rows
 
 
@@ -103,7 +106,7 @@ def test_unknown_labels_and_the_all_ones_target():
 
 def test_the_strongest_of_an_ensemble_is_attacked():
     losses = torch.tensor([2.0, 0.5, 1.0], requires_grad=True)
-    training.against_strongest(None, None, losses).backward()
+    minimax.against_strongest(None, None, losses).backward()
     assert losses.grad.tolist() == [0, -1, 0]
 
 
@@ -112,14 +115,14 @@ def test_twenty_steps_lower_the_loss(name):
     "On one fixed batch with the opponents held, f_A's objective falls; with f_A held, theirs fall."
     s = settings(name, steps=40, penalty="hinge", restart_every=0)
     p, method = players(s), METHODS[name]
-    b = training.next_batch(*streams(s), CPU)
+    b = batches.next_batch(*streams(s), CPU)
     method.before(p, 40, None, s, method)
-    training.warm_up(p, itertools.repeat(dict(clip=next(streams(s)[0])["clip"], action=b.action)), streams(s)[1], replace(s, warmup_steps=5), progress=False, method=method)
+    start.warm_up(p, itertools.repeat(dict(clip=next(streams(s)[0])["clip"], action=b.action)), streams(s)[1], replace(s, warmup_steps=5), progress=False, method=method)
     seed_everything(0)
-    own = [training.anonymizer_step(p, b, s, method)[0]["objective"] for _ in range(20)]
+    own = [minimax.anonymizer_step(p, b, s, method)[0]["objective"] for _ in range(20)]
     assert sum(own[-3:]) / 3 < sum(own[:3]) / 3, own
-    x, v = training.release(p.f_A, b, s)
-    theirs = [training.opponents_step(p, x, v, b, s, method) for _ in range(20)]
+    x, v = minimax.release(p.f_A, b, s)
+    theirs = [minimax.opponents_step(p, x, v, b, s, method) for _ in range(20)]
     for k in ("loss_action_step2", "loss_privacy_step2"): assert theirs[-1][k] < theirs[0][k]
 
 
@@ -129,17 +132,17 @@ def test_a_game_survives_a_resume(name):
     s = settings(name, steps=6, **(dict(ensemble=2, restart_every=2) if name == "vita" else {}))
     method, data = METHODS[name], streams(s)
     p = players(s)
-    training.minimax(p, *data, s, progress=False, steps=6 if name == "stprivacy" else 3, method=method)
-    saved = training.game_state(p)
+    minimax.minimax(p, *data, s, progress=False, steps=6 if name == "stprivacy" else 3, method=method)
+    saved = minimax.game_state(p)
     clips, images = streams(s)
     b = [(next(clips), next(images)) for _ in range(4)]
-    seed_everything(1); q = training.resume_game(players(s, seed=9), saved)
+    seed_everything(1); q = minimax.resume_game(players(s, seed=9), saved)
     for game in (p, q):
         seed_everything(2)
         s2 = replace(s, steps=8)
-        training.minimax(game, iter([x for x, _ in b]), itertools.cycle(y for _, y in b), s2, progress=False, steps=5 if name != "stprivacy" else 8, method=method)
+        minimax.minimax(game, iter([x for x, _ in b]), itertools.cycle(y for _, y in b), s2, progress=False, steps=5 if name != "stprivacy" else 8, method=method)
     for net in ("f_A", "f_T", "f_B"): assert torch.equal(weights(getattr(p, net)), weights(getattr(q, net))), net
-    assert len(training.team(q.f_B)) == s.ensemble and q.step == p.step
+    assert len(minimax.team(q.f_B)) == s.ensemble and q.step == p.step
 
 
 def test_a_restart_goes_back_and_catches_up():
@@ -158,14 +161,14 @@ def test_a_restart_goes_back_and_catches_up():
 def test_the_keep_rate_converges_to_its_target():
     "In the game, not alone: with the other losses beside it the drawn shares stay near k, k^2, k^3."
     s = settings("stprivacy", steps=120, keep_rate=0.6, lr_anonymizer=2e-3)
-    p, b, shares = players(s), training.next_batch(*streams(s), CPU), []
+    p, b, shares = players(s), batches.next_batch(*streams(s), CPU), []
     METHODS["stprivacy"].before(p, 240, None, s, METHODS["stprivacy"])
     for _ in range(60):
         p.f_A.train().requires_grad_(True)
         x = anonymize_clip(p.f_A, b.clip)
         shares.append([m.mean().item() for m, _ in p.f_A.masks])
         methods.tokens_loss(p.f_A, x, b).backward()
-        training.descend(p.f_A, p.opt_A, replace(s, clip_grad=0.0))
+        minimax.descend(p.f_A, p.opt_A, replace(s, clip_grad=0.0))
     late = torch.tensor(shares[-15:]).mean(0)
     assert (late - torch.tensor([0.6, 0.36, 0.216])).abs().max() < 0.08, late
     with torch.no_grad(): kept = p.f_A.eval().tokens(b.clip)[1]
@@ -212,4 +215,4 @@ def test_one_cell_of_the_grid_each():
 
 def test_methods_that_need_labels_say_so():
     for name in ("vita", "stprivacy"):
-        with pytest.raises(UsageError, match="learns from labels of the privacy images"): training.make_players(settings(name), torch.nn.Conv2d(3, 3, 1), 3, CPU, 0, METHODS[name])
+        with pytest.raises(UsageError, match="learns from labels of the privacy images"): minimax.make_players(settings(name), torch.nn.Conv2d(3, 3, 1), 3, CPU, 0, METHODS[name])

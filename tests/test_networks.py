@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from conftest import ROOT, SHARED
-from penaltyanon.anonymizers import ARCHITECTURES, Identity, UNet, UNetPP, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
-from penaltyanon.clipnets import I3D
-from penaltyanon.core import UsageError, UserError
-from penaltyanon.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
-from penaltyanon.core import file_hash
-from penaltyanon.weights import load_trunk, matched
+from penaltyanon.nets.anonymizers import (ARCHITECTURES, Identity, UNet, UNetPP, anonymize_clip, freeze_batchnorm,
+                                          load_anonymizer, save_anonymizer)
+from penaltyanon.nets.clipnets import I3D
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.nets.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
+from penaltyanon.core.files import file_hash
+from penaltyanon.nets.weights import load_trunk, matched
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from nbdev.config import get_config
 from conftest import FIGURES, LIBRARY, ROOT, RUNS
-from penaltyanon import sweep
-from penaltyanon.core import finished_runs, read_json, read_rows, read_yaml
+from penaltyanon.sweep import grid, jobs, notebooks
+from penaltyanon.core.files import read_json, read_rows, read_yaml
+from penaltyanon.core.run_folder import finished_runs
 
 name = lambda p: str(p.relative_to(ROOT))
 
@@ -34,10 +35,10 @@ def test_library_notebook(path, processes, tmp_path):
 def swept(tmp_path_factory, work):
     "A sweep on the smoke preset: every control and two values of B, each job the run notebooks and a protocol's attacks; B = 0.7 through papermill."
     lab = tmp_path_factory.mktemp("smoke")
-    cells = sweep.grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
-    sweep.prepare_data(cells[0])
+    cells = grid.grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    grid.prepare_data(cells[0])
     cells.sort(key=lambda s: s.B != 0.7)                        # the longest way first
-    sweep.raise_failed(sweep.run_jobs(cells, lab/"runs", unit=lambda job: (sweep.work if job.settings.B == 0.7 else work)(job), **asked(lab)))
+    jobs.raise_failed(jobs.run_jobs(cells, lab/"runs", unit=lambda job: (jobs.work if job.settings.B == 0.7 else work)(job), **asked(lab)))
     return lab/"runs"
 
 
@@ -47,13 +48,13 @@ def asked(lab):
 
 
 def test_a_sweep_runs_every_run_notebook(swept):
-    assert {f"runs/{p.stem}" for p in RUNS} == {*sweep.STAGES, "runs/attack"}
+    assert {f"runs/{p.stem}" for p in RUNS} == {*jobs.STAGES, "runs/attack"}
     runs = finished_runs(swept)
     assert {r.results["label"] for r in runs} == {"raw", "oracle", "λ = 0", "B = 0.3", "B = 0.7"}
     for r in runs:
         through_papermill = r.settings.B == 0.7
         assert {"params.yaml", "env.json", "data.json", "metrics.jsonl", "results.json"} <= {p.name for p in r.path.iterdir()}
-        assert all((r/f"{Path(n).stem}.ipynb").is_file() == through_papermill for n in sweep.STAGES)
+        assert all((r/f"{Path(n).stem}.ipynb").is_file() == through_papermill for n in jobs.STAGES)
         answers = {"raw-attacker.json", "raw-attacker.npz", "raw-attacker-frames.json", "raw-attacker-frames.npz", "metrics.jsonl"}
         assert {t.name for t in (r/"tests").iterdir()} == answers | ({"table6-pretrained-attacker.ipynb"} if through_papermill else set())
 
@@ -64,14 +65,14 @@ def test_what_was_asked_is_what_was_done(swept):
     assert read_yaml(done/"params.yaml")["B"] == 0.7
     assert done.results["B"] == 0.7 and done.results["trainer"]["B"] == 0.7
     assert "-B0.7-" in done.path.name
-    for n in sweep.STAGES: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
+    for n in jobs.STAGES: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
     assert {read_json(t)["B"] for t in (done/"tests").glob("*.json")} == {0.7}
 
 
 def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swept, follow, tmp_path):
     "A sweep leaves it out; a reader may open it."
     s = next(r.settings for r in finished_runs(swept) if r.settings.method == "oracle")
-    for _ in follow("runs/train_anonymizer", sweep.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
+    for _ in follow("runs/train_anonymizer", grid.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
     run, = tmp_path.glob("oracle-*")
     assert (run/"data.json").exists() and not (run/"anonymizer.safetensors").exists() and not read_rows(run/"metrics.jsonl")
 
@@ -79,7 +80,7 @@ def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swep
 def test_a_second_sweep_redoes_nothing(swept):
     before = {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
     cells = [r.settings for r in finished_runs(swept)]
-    assert {j.state for j in sweep.run_jobs(cells, swept, **asked(swept.parent))} == {"kept"}
+    assert {j.state for j in jobs.run_jobs(cells, swept, **asked(swept.parent))} == {"kept"}
     assert before == {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
 
 
@@ -93,5 +94,5 @@ def test_figure_notebook(path, swept, tmp_path, follow):
 
 def test_the_story_runs_in_a_kernel(swept, tmp_path):
     "The one figure notebook that no report runs."
-    done = sweep.run_notebook("figures/story", dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/"story.ipynb")
+    done = notebooks.run_notebook("figures/story", dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/"story.ipynb")
     assert any("image/png" in o.get("data", {}) for c in read_json(done)["cells"] for o in c.get("outputs", []))

@@ -2,12 +2,13 @@
 import copy, itertools, math, pickle, sys, types
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from penaltyanon.anonymizers import anonymize_clip
-from penaltyanon.core import UsageError, UserError
-from penaltyanon.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, boxes, by_frame, difference_mask, downsample,
-                                     kernel_at, onnx_regions, open_obfuscation, open_regions, people, pixelate, whole_frame)
-from penaltyanon.video import read_frames, write_video
-from penaltyanon.puppets import draw_clip, draw_scene
+from penaltyanon.nets.anonymizers import anonymize_clip
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, boxes, by_frame,
+                                          difference_mask, downsample, kernel_at, onnx_regions, open_obfuscation,
+                                          open_regions, people, pixelate, whole_frame)
+from penaltyanon.data.video import read_frames, write_video
+from penaltyanon.data.puppets import draw_clip, draw_scene
 
 NAMES, CHANGING = list(OBFUSCATIONS), [n for n in OBFUSCATIONS if n != "raw"]
 size = st.integers(1, 90)

@@ -3,11 +3,13 @@ import json, subprocess
 from dataclasses import replace
 
 import numpy as np, pytest, torch
-from penaltyanon import attacks, protocols as pr
-from penaltyanon.anonymizers import Identity
-from penaltyanon.core import RunFolder, UsageError, UserError, resolve
-from penaltyanon.datasets import Collection
-from penaltyanon.layouts import write_layouts
+from penaltyanon.evaluate import attacks, protocols as pr
+from penaltyanon.nets.anonymizers import Identity
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve
+from penaltyanon.data.records import Collection
+from penaltyanon.data.layouts import write_layouts
 from conftest import BIN
 
 ATTACKS = {a.name: a for p in pr.PROTOCOLS.values() for a in p.attacks}

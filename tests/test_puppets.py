@@ -1,14 +1,15 @@
-"The puppets keep their two promises: actions only in the motion, attributes only in the looks (what probes see on files: 13_puppets)."
+"The puppets keep their two promises: actions only in the motion, attributes only in the looks (what probes see on files: data/5_puppets)."
 import hashlib, json
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from scipy.stats import chi2_contingency, ks_2samp
-from penaltyanon import puppets
-from penaltyanon.core import UsageError, UserError
-from penaltyanon.datasets import open_data
-from penaltyanon.puppets import ACTIONS, ATTRIBUTES, WORLDS, draw_clip, draw_frame, draw_scene, draw_script, place, pose_at, skeleton, write_puppets
-from penaltyanon.video import frame_count, read_frames
+from penaltyanon.data import puppets
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.data.sources import open_data
+from penaltyanon.data.puppets import (ACTIONS, ATTRIBUTES, WORLDS, draw_clip, draw_frame, draw_scene, draw_script,
+                                      place, pose_at, skeleton, write_puppets)
+from penaltyanon.data.video import frame_count, read_frames
 
 quick = hypothesis_settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 codes = st.tuples(*[st.integers(0, 1)] * 5)

@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from penaltyanon import sweep, trainer
-from penaltyanon.core import RunFolder, UserError, resolve, start_key
+from penaltyanon.sweep import grid
+from penaltyanon.train import trainer
+from penaltyanon.core.files import UserError
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve, start_key
 from conftest import ROOT
 
 pytest.importorskip("lightning_fabric", reason="needs lightning-fabric: pip install 'penaltyanon[train]'")
@@ -54,7 +57,7 @@ def test_without_the_others_negatives_it_is_another_loss(played):
 def lab(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
     s = resolve("smoke", devices=2, steps=12, save_minutes=0.0, precision="fp32", backbone="unet", decoder=(16,), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
-    sweep.prepare_data(s)
+    grid.prepare_data(s)
     return lab, s
 
 
@@ -69,7 +72,7 @@ def test_a_run_on_two_devices_and_killed_midway(lab):
     rows = straight.metrics()
     assert [r["step"] for r in rows if r["stage"] == "minimax"] == list(range(1, 13)) and record["steps"] == 12
     killed = RunFolder.create(lab/"killed", s)
-    code = f"from penaltyanon import trainer; from penaltyanon.core import RunFolder; trainer.train_on(RunFolder.open({str(killed.path)!r}))"
+    code = f"from penaltyanon.train import trainer; from penaltyanon.core.run_folder import RunFolder; trainer.train_on(RunFolder.open({str(killed.path)!r}))"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     deadline = time.time() + 240
     while not any(r["stage"] == "minimax" and r["step"] >= 3 for r in killed.metrics()):

@@ -4,10 +4,10 @@ from configparser import ConfigParser
 import nbformat, numpy as np, pytest
 from packaging.requirements import Requirement
 from readme import readme
-from penaltyanon.core import read_yaml
-from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, code_cells, repository_files, run
+from penaltyanon.core.files import read_yaml
+from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, WINGS, code_cells, python, repository_files, run
 
-EVERY = [*ROOT.glob("nbs/*.ipynb"), *RUNS, *FIGURES]
+EVERY = [*ROOT.glob("nbs/*.ipynb"), *LIBRARY, *RUNS, *FIGURES]
 name = lambda p: str(p.relative_to(ROOT))
 
 
@@ -69,32 +69,44 @@ def test_house_numbers(path):
     assert n["assertions"] >= 8 and n["words"] >= 150, n
 
 
-# ---- floors
-def module_of(path): return next(m.group(1) for c in code_cells(path) if (m := re.search(r"#\|\s*default_exp\s+(\w+)", c.source)))
-FLOOR = {module_of(p): int(p.name[:2]) for p in LIBRARY}
+# ---- wings and rooms
+ROOMS = {f"{p.parent.name}.{p.stem.partition('_')[2]}": (WINGS.index(p.parent.name), int(p.stem.partition("_")[0])) for p in LIBRARY}
 
 
 def imported(path):
     "Modules of this package that a module imports, anywhere in it."
+    package = ["penaltyanon", *path.relative_to(ROOT/"penaltyanon").parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import): yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("penaltyanon."))
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "penaltyanon"):
-            rest = (node.module or "").removeprefix("penaltyanon").strip(".")
-            yield from [rest.split(".")[0]] if rest else [a.name for a in node.names]
+        if isinstance(node, ast.Import): full = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[:len(package) - node.level + 1] if node.level else []) + ("." if node.level and node.module else "") + (node.module or "")
+            full = [base, *(f"{base}.{a.name}" for a in node.names)]
+        else: continue
+        yield from {m.removeprefix("penaltyanon.") for m in full} & ROOMS.keys()
 
 
-@pytest.mark.parametrize("module", FLOOR)
-def test_a_module_imports_only_lower_floors(module):
-    above = [m for m in imported(ROOT/"penaltyanon"/f"{module}.py") if FLOOR.get(m, 99) >= FLOOR[module]]
-    assert not above, f"{module} (floor {FLOOR[module]}) imports {above}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_wings_below_and_lower_rooms(room):
+    wing, number = ROOMS[room]
+    above = [m for m in imported(ROOT/"penaltyanon"/f"{room.replace('.', '/')}.py") if ROOMS[m] >= (wing, number)]
+    assert not above, f"{room} (wing {wing}, room {number}) imports {above}"
 
 
-def test_no_two_notebooks_share_a_floor():
-    assert len(set(FLOOR.values())) == len(LIBRARY)
+def test_rooms_are_numbered_without_gaps_and_named_as_their_modules():
+    for wing in range(len(WINGS)): assert sorted(n for w, n in ROOMS.values() if w == wing) == list(range(sum(w == wing for w, _ in ROOMS.values())))
+    for path in LIBRARY:
+        said = next(m[1] for c in code_cells(path) if (m := re.search(r"#\|\s*default_exp\s+([\w.]+)", c.source)))
+        assert said in ROOMS and said == f"{path.parent.name}.{path.stem.partition('_')[2]}", path
 
 
 def test_every_module_comes_from_a_notebook():
-    assert {p.stem for p in ROOT.glob("penaltyanon/*.py")} - set(FLOOR) <= {"__init__", "_modidx", "cli"}
+    modules = {".".join(p.relative_to(ROOT/"penaltyanon").with_suffix("").parts) for p in ROOT.glob("penaltyanon/**/*.py")}
+    assert {m for m in modules if not m.endswith("__init__")} - ROOMS.keys() == {"_modidx", "cli"}
+
+
+def test_the_edge_knows_no_torch_and_no_training():
+    code = "import sys, penaltyanon.edge.command, penaltyanon.edge.export; print([m for m in sys.modules if m == 'torch' or m.startswith('penaltyanon.train')])"
+    assert python("-c", code).strip() == "[]"
 
 
 # ---- what must not be in the code

@@ -2,8 +2,9 @@
 import re, time
 import pytest
 from conftest import FIGURES, ROOT
-from penaltyanon.core import finished_runs, read_json
-from penaltyanon.report import VALUES, load_results, summary
+from penaltyanon.core.files import read_json
+from penaltyanon.core.run_folder import finished_runs
+from penaltyanon.results.report import VALUES, load_results, summary
 
 SWEEPS = [p for p in sorted(ROOT.glob("runs/*")) if p.is_dir() and finished_runs(p)]
 name = lambda p: str(p.relative_to(ROOT))

@@ -1,13 +1,20 @@
 "A run that is killed and started again is the run that was not: bit for bit, wherever it was killed."
 import errno, os, random, signal, time
+from pathlib import Path
 from collections import Counter
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
-from penaltyanon import checkpoints, core, sweep, training
-from penaltyanon.anonymizers import UNet, freeze_batchnorm
-from penaltyanon.checkpoints import Keeper, unpack
-from penaltyanon.core import RunFolder, UserError, read_json, read_rows, resolve, seed_everything, start_key
-from penaltyanon.datasets import ClipDataset, open_data
+from penaltyanon.sweep import grid
+from penaltyanon.train import batches, minimax
+from penaltyanon.core import checkpoints, settings
+from penaltyanon.nets.anonymizers import UNet, freeze_batchnorm
+from penaltyanon.core.checkpoints import Keeper, unpack
+from penaltyanon.core.files import UserError, read_json, read_rows
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve, start_key
+from penaltyanon.data.datasets import ClipDataset
+from penaltyanon.data.sources import open_data
 from test_training import CPU, Data
 
 
@@ -17,7 +24,7 @@ def lab(tmp_path_factory):
     base = dict(action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data", B=0.3, save_minutes=0.0, log_every=1,
                 steps=8, identity_steps=8, warmup_steps=6, eval_action_epochs=2, eval_privacy_epochs=2, precision="fp32", backbone="unet", decoder=[16])
     def cell(**more): return resolve("smoke", **(base | more))
-    sweep.prepare_data(cell())
+    grid.prepare_data(cell())
     return lab, lab/"log", cell
 
 
@@ -29,7 +36,7 @@ def timeless(x):
 
 def whole(root, s):
     "All that a finished run claims."
-    path = root/core.run_name(s)
+    path = root/settings.run_name(s)
     assert (path/"DONE").exists()
     start = (root/"_start"/f"{start_key(s)}.safetensors").read_bytes()
     return dict(rows=timeless(read_rows(path/"metrics.jsonl")), results=timeless(read_json(path/"results.json")), start=start,
@@ -63,7 +70,7 @@ def test_killed_at_twenty_moments(lab, straight, begin, complete):
     "Every stage is hit, at random steps of it and a random moment after."
     lab, log, cell = lab
     s, root, draw, hit = cell(), lab/"killed", random.Random(0), Counter()
-    run, start = root/core.run_name(s), root/"_start"/f"{start_key(s)}.jsonl"
+    run, start = root/settings.run_name(s), root/"_start"/f"{start_key(s)}.jsonl"
     plan = [(stage, step) for stage, last in zip(STAGES, (7, 5, 7, 1, 1, 1)) for step in sorted(draw.sample(range(1, last + 1), min(6, last)))]
     for stage, step in plan:
         seen, deadline = ("", 0), time.time() + 120
@@ -92,7 +99,7 @@ def test_killed_while_a_file_is_written(lab, straight, begin, complete, seed):
     for _ in range(3):
         p = begin(s, root, log, draw.randint(10, 60)); p.join()
         died += p.exitcode == -signal.SIGKILL
-        if (root/core.run_name(s)/"DONE").exists(): break
+        if (root/settings.run_name(s)/"DONE").exists(): break
     else: complete(s, root, log)
     assert died >= 2
     assert_same(whole(root, s), straight)
@@ -117,7 +124,7 @@ def test_data_that_changed_are_noticed(lab, begin, change):
     "A run that was interrupted goes on with its own data or not at all."
     lab, log, cell = lab
     s, root = cell(steps=13, seed=5), lab/"changed"
-    path = root/core.run_name(s)
+    path = root/settings.run_name(s)
     if not path.exists():
         p = begin(s, root, log, 60); p.join(); assert p.exitcode == -signal.SIGKILL
     clip = sorted((lab/"data"/"UCF-101").rglob("*.avi"))[0]
@@ -138,7 +145,7 @@ def test_data_that_changed_are_noticed(lab, begin, change):
 # ---- the game alone, in this process: what else can go wrong
 def player(s, seed=0):
     seed_everything(seed)
-    return training.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
+    return minimax.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def play(box, p=None, steps=6, **changes):
@@ -146,7 +153,7 @@ def play(box, p=None, steps=6, **changes):
     p = p or player(s)
     box.mkdir(exist_ok=True)
     keep = Keeper(box/"train.ckpt", s)
-    training.minimax(p, training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
+    minimax.minimax(p, batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
     return torch.cat([q.detach().flatten() for q in p.f_A.parameters()])
 
 
@@ -188,13 +195,13 @@ def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path):
 
 
 def test_memory_that_runs_out_says_what_to_lower(tmp_path, monkeypatch, weights):
-    calls, step = [], training.anonymizer_step
+    calls, step = [], minimax.anonymizer_step
     def hungry(*args):
         calls.append(1)
         if len(calls) == 4: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return step(*args)
     with monkeypatch.context() as m:
-        m.setattr(training, "anonymizer_step", hungry)
+        m.setattr(minimax, "anonymizer_step", hungry)
         with pytest.raises(UserError, match="out of memory; lower batch_clips"): play(tmp_path/"k")
     assert torch.equal(play(tmp_path/"k", player(resolve("smoke"), seed=3)), weights)
 
@@ -207,10 +214,10 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 def test_a_clip_that_vanishes_during_an_epoch_is_named(lab):
     lab, _, cell = lab
     records = open_data(f"puppets:{lab}/data", 1).train
-    gone = core.Path(records[0].path).rename(records[0].path.with_suffix(".gone"))
+    gone = Path(records[0].path).rename(records[0].path.with_suffix(".gone"))
     try:
-        batches = training.endless(ClipDataset(records[:2], frames=4, size=16, train=True), 2, 0)
-        with pytest.raises(UserError, match=records[0].path.name): next(batches)
+        stream = batches.endless(ClipDataset(records[:2], frames=4, size=16, train=True), 2, 0)
+        with pytest.raises(UserError, match=records[0].path.name): next(stream)
     finally: gone.rename(records[0].path)
 
 

@@ -2,13 +2,15 @@
 import json, subprocess
 from pathlib import Path
 import pytest, torch
-from penaltyanon import export, sweep
-from penaltyanon.anonymizers import load_anonymizer, save_anonymizer
-from penaltyanon.core import RunFolder, UserError, file_hash
-from penaltyanon.report import load_results
-from penaltyanon.shipped import open_shipped
-from penaltyanon.student import TinyNet
-from penaltyanon.tables import measurements
+from penaltyanon.sweep import grid, jobs
+from penaltyanon.edge import export
+from penaltyanon.nets.anonymizers import load_anonymizer, save_anonymizer
+from penaltyanon.core.files import UserError, file_hash
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.results.report import load_results
+from penaltyanon.evaluate.files import open_shipped
+from penaltyanon.nets.student import TinyNet
+from penaltyanon.results.tables import measurements
 from conftest import BIN
 
 
@@ -26,9 +28,9 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, 
     student(tmp_path/"student.safetensors", 0)
     export.export_onnx(tmp_path/"student.safetensors", tmp_path/"int8.onnx", "int8", frames=export.probe_frames(8, 32, 32))
     monkeypatch.chdir(tmp_path)
-    cells = sweep.grid("smoke", methods=("int8.onnx", "student.safetensors"))
-    sweep.prepare_data(cells[0])
-    sweep.raise_failed(sweep.run_jobs(cells, Path("runs"), unit=work))
+    cells = grid.grid("smoke", methods=("int8.onnx", "student.safetensors"))
+    grid.prepare_data(cells[0])
+    jobs.raise_failed(jobs.run_jobs(cells, Path("runs"), unit=work))
     runs = {r.results["file"]["name"]: r for r in map(RunFolder.open, sorted(p.parent for p in tmp_path.glob("runs/*/DONE")))}
     assert set(runs) == {"int8.onnx", "student.safetensors"}
     for name, run in runs.items():
@@ -43,7 +45,7 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, 
                         "vispr1=puppets-images:data/puppets-smoke", "--retries", 0, cwd=tmp_path)
     assert later.returncode == 1 and "no longer the file this run was begun with" in later.stderr, later.stderr
     assert {r.path.name for r in runs.values() if (r/"tests"/"raw-attacker.json").exists()} == {runs["int8.onnx"].path.name}
-    again = sweep.grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
+    again = grid.grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
     assert again.anonymizer_weights.endswith(file_hash(tmp_path/"student.safetensors")[:12]) and again.anonymizer_weights not in [r.settings.anonymizer_weights for r in runs.values()]
 
 

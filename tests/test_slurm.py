@@ -3,10 +3,12 @@ import os, shutil, signal, socket, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 import pytest
-from penaltyanon import sweep
-from penaltyanon.cluster import number, queue, run_on, submit
-from penaltyanon.core import RunFolder, let_go, read_json, read_rows
-from penaltyanon.status import cancel, jobs_in
+from penaltyanon.sweep import grid, jobs
+from penaltyanon.core.settings import run_name
+from penaltyanon.sweep.cluster import number, queue, run_on, submit
+from penaltyanon.core.files import let_go, read_json, read_rows
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.sweep.status import cancel, jobs_in
 from test_resume import timeless
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
@@ -104,21 +106,21 @@ def slurm(tmp_path_factory, processes):
 def cells(tmp_path_factory):
     "Six runs of the smoke preset: every control, three bounds."
     lab = tmp_path_factory.mktemp("data")
-    cells = sweep.grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", bootstrap=20, backbone="unet", decoder=[16])
-    sweep.prepare_data(cells[0])
+    cells = grid.grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", bootstrap=20, backbone="unet", decoder=[16])
+    grid.prepare_data(cells[0])
     assert len(cells) == 6
     return [replace(s, steps=150, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one game long enough to be killed in
 
 
 def claims(root, s):
-    path = root/sweep.run_name(s)
+    path = root/run_name(s)
     return timeless(read_json(path/"results.json")), [r for r in timeless(read_rows(path/"metrics.jsonl"))]
 
 
 def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path, complete):
     "Six jobs in an array; one is killed in its game and requeued by the scheduler; all results are those of the same notebooks without a scheduler."
     root, how = tmp_path/"slurm", dict(jobs=2, options=dict(timeout_min=20, requeue=True))
-    todo = sweep.jobs_of(cells, root)
+    todo = jobs.jobs_of(cells, root)
     submit(todo, root, how, retries=0)
     assert len({number(j) for j in todo}) == 6 and submit(todo, root, how) == {}, "what is queued is not submitted twice"
     victim = next(j for j in todo if j.settings.method == "penalty" and j.settings.B == 0.5)
@@ -133,13 +135,13 @@ def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path, 
     assert len(read_json(victim.path/"env.json")["resumed"]) == 2, "the second attempt, and the evaluation"
     for s in cells:                                        # the same notebooks, without a scheduler
         complete(s, tmp_path/"local", tmp_path/"log")
-        assert claims(root, s) == claims(tmp_path/"local", s), sweep.run_name(s)
+        assert claims(root, s) == claims(tmp_path/"local", s), run_name(s)
     assert {j.state for j in run_on("slurm", cells, root)} == {"kept"} and {j.state for j in jobs_in(root)} == {"done"}
 
 
 def test_a_queued_sweep_can_be_cancelled(slurm, cells, tmp_path):
     root = tmp_path/"runs"
-    todo = sweep.jobs_of(cells, root)
+    todo = jobs.jobs_of(cells, root)
     submit(todo, root, dict(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
     for j in todo: RunFolder.create(root, j.settings); let_go(j.path.parent/"_jobs"/f"{j.path.name}.writing.lock")
     assert {j.state for j in jobs_in(root)} == {"queued"}

@@ -1,25 +1,26 @@
 "The shared start: whoever made it and whoever loads it play the same game, to the last bit."
 import torch
-from penaltyanon import training
-from penaltyanon.anonymizers import UNet
-from penaltyanon.core import resolve, seed_everything
+from penaltyanon.train import batches, minimax, start
+from penaltyanon.nets.anonymizers import UNet
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.settings import resolve
 from test_training import CPU, Data
 
 
-def play(start, make: bool):
+def play(path, make: bool):
     "The weights after a short game that begins where the start was made, or from its file"
     s = resolve("smoke", precision="fp32", steps=3, identity_steps=8, warmup_steps=3, penalty="none")
     seed_everything(s.seed)
-    p = training.make_players(s, UNet((16,), 0.5), 3, CPU)
-    batches = lambda: (training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0))
+    p = minimax.make_players(s, UNet((16,), 0.5), 3, CPU)
+    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
     if make:
-        clips, views = batches()
-        training.pretrain_identity(p.f_A, views, clips, s, CPU, progress=False)
-        training.warm_up(p, *batches(), s, progress=False)
-        training.save_start(start, p)
-    training.load_start(start, p)
+        clips, views = streams()
+        start.pretrain_identity(p.f_A, views, clips, s, CPU, progress=False)
+        start.warm_up(p, *streams(), s, progress=False)
+        start.save_start(path, p)
+    start.load_start(path, p)
     seed_everything(s.seed)
-    training.minimax(p, *batches(), s, progress=False)
+    minimax.minimax(p, *streams(), s, progress=False)
     return torch.cat([v.flatten().float() for net in (p.f_A, p.f_T, p.f_B) for v in net.state_dict().values()])
 
 

@@ -2,8 +2,10 @@
 import os, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
-from penaltyanon import sweep
-from penaltyanon.core import RunFolder, UsageError, UserError, read_json, resolve, run_name
+from penaltyanon.sweep import grid, jobs, notebooks
+from penaltyanon.core.files import UsageError, UserError, read_json
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve, run_name
 
 
 def notebook(path, *sources, tagged=0):
@@ -14,7 +16,7 @@ def notebook(path, *sources, tagged=0):
     return path
 
 
-def literals(s): return "".join(f"{k} = {0.0 if k == 'B' else v!r}\n" for k, v in sweep.run_parameters(s, "").items())
+def literals(s): return "".join(f"{k} = {0.0 if k == 'B' else v!r}\n" for k, v in grid.run_parameters(s, "").items())
 
 
 @pytest.fixture
@@ -22,7 +24,9 @@ def stage(tmp_path):
     "A stand-in for training: fails at B = 0.9, counts its calls, forgets DONE at B = 0.1."
     return notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), """
 from pathlib import Path
-from penaltyanon.core import RunFolder, UserError, resolve, run_name
+from penaltyanon.core.files import UserError
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve, run_name
 s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed,
             action_data=action_data, privacy_data=privacy_data, attributes=attributes)
 run = RunFolder(Path(run_root)/run_name(s), s)
@@ -32,40 +36,40 @@ if B != 0.1: run.finish({"B": B, "type": type(B).__name__})""")
 
 
 def test_run_notebooks_take_what_a_sweep_gives_and_nothing_else():
-    for name in sweep.STAGES:
-        parameters = sweep.run_parameters(resolve("smoke"), "runs/x")
-        sweep.check_parameters(sweep.find_notebook(name), parameters)
-        assert sweep.notebook_parameters(sweep.find_notebook(name)).keys() == parameters.keys()
-        with pytest.raises(UsageError, match="no parameter 'lambda_'"): sweep.check_parameters(sweep.find_notebook(name), parameters | {"lambda_": 1.0})
+    for name in jobs.STAGES:
+        parameters = grid.run_parameters(resolve("smoke"), "runs/x")
+        notebooks.check_parameters(notebooks.find_notebook(name), parameters)
+        assert notebooks.notebook_parameters(notebooks.find_notebook(name)).keys() == parameters.keys()
+        with pytest.raises(UsageError, match="no parameter 'lambda_'"): notebooks.check_parameters(notebooks.find_notebook(name), parameters | {"lambda_": 1.0})
 
 
 def test_an_unknown_parameter_stops_the_sweep_before_it_starts(tmp_path):
     poor = notebook(tmp_path/"poor.ipynb", "preset = 'smoke'")
-    with pytest.raises(UsageError, match="poor.ipynb has no parameter 'method'"): sweep.run_jobs(sweep.grid("smoke"), tmp_path/"runs", notebooks=(poor,))
+    with pytest.raises(UsageError, match="poor.ipynb has no parameter 'method'"): jobs.run_jobs(grid.grid("smoke"), tmp_path/"runs", notebooks=(poor,))
     assert not (tmp_path/"runs").exists()
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(B=(float("inf"),)), dict(steps=7, decoder=[16, 8, 8, 8], precision="bf16"), dict(penalty="hinge", lam=(0.1,), units="pixel", B=(0.05,))])
 @pytest.mark.parametrize("preset", ["smoke", "demo", "mini", "paper"])
 def test_settings_survive_the_way_through_a_parameters_cell(preset, changes):
-    for s in sweep.grid(preset, **changes):
-        p = sweep.run_parameters(s, "r")
-        back = resolve(p["preset"], **{k: p[k] for k in sweep.NAMED}, **p["overrides"])
+    for s in grid.grid(preset, **changes):
+        p = grid.run_parameters(s, "r")
+        back = resolve(p["preset"], **{k: p[k] for k in grid.NAMED}, **p["overrides"])
         assert back == s and run_name(back) == run_name(s)
         assert p["show_frames"] == all(d.startswith("puppets") for d in (s.action_data, s.privacy_data))
 
 
 def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(tmp_path, stage):
-    cells = sweep.grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
-    todo = sweep.run_jobs(cells, tmp_path/"runs", notebooks=(stage,), jobs=3, poll_s=0.1)
+    cells = grid.grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
+    todo = jobs.run_jobs(cells, tmp_path/"runs", notebooks=(stage,), jobs=3, poll_s=0.1)
     forgot, good, bad = todo
     assert [j.state for j in todo] == ["failed", "done", "failed"]
     assert read_json(good.path/"results.json") == {"B": 0.7, "type": "float"}
     assert "no DONE" in forgot.reason and "stage.ipynb: B = 0.9 is out of order" in bad.reason
     assert (bad.path/"stage.log").exists() and (bad.path/"stage.ipynb").exists() and not (good.path/"stage.log").exists()
-    with pytest.raises(UserError, match="2 of 3 runs failed: .*B0.1.*; .*B0.9") as e: sweep.raise_failed(todo)
+    with pytest.raises(UserError, match="2 of 3 runs failed: .*B0.1.*; .*B0.9") as e: jobs.raise_failed(todo)
     assert "\n" not in str(e.value) and e.value.exit_code == 1
-    again = sweep.run_jobs(cells[1:2] + cells[1:2], tmp_path/"runs", notebooks=(stage,), poll_s=0.1)
+    again = jobs.run_jobs(cells[1:2] + cells[1:2], tmp_path/"runs", notebooks=(stage,), poll_s=0.1)
     assert [j.state for j in again] == ["kept"] and (good.path/"calls").read_text() == "x"
 
 
@@ -73,11 +77,11 @@ def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(
 def test_training_is_not_repeated_when_only_the_evaluation_is_missing(tmp_path, monkeypatch, method, first):
     "And what shows nothing and learns nothing goes to its evaluation at once."
     seen = []
-    monkeypatch.setattr(sweep, "follow", lambda name, *a, **k: iter(seen.append(name) or ()))
-    job = sweep.Job(resolve("smoke", method=method), tmp_path)
+    monkeypatch.setattr(jobs, "follow", lambda name, *a, **k: iter(seen.append(name) or ()))
+    job = jobs.Job(resolve("smoke", method=method), tmp_path)
     job.path.mkdir()
     for _ in range(2):
-        with pytest.raises(UserError, match="no DONE"): list(sweep.work(job))
+        with pytest.raises(UserError, match="no DONE"): list(jobs.work(job))
         (job.path/"anonymizer.safetensors").touch()
     assert seen == first + ["runs/evaluate", "runs/evaluate"]
 
@@ -86,14 +90,14 @@ def test_a_notebook_that_hangs_at_the_start_is_started_again(tmp_path):
     flag = tmp_path/"flag"
     nb = notebook(tmp_path/"sleepy.ipynb", f"import time; from pathlib import Path; f = Path({str(flag)!r})\nif not f.exists(): f.touch(); time.sleep(600)", "B = 0.3", tagged=1)
     began = time.time()
-    sweep.run_notebook(nb, {}, tmp_path/"out.ipynb", start_s=40)
+    notebooks.run_notebook(nb, {}, tmp_path/"out.ipynb", start_s=40)
     assert time.time() - began > 40
 
 
 def test_a_stopped_sweep_leaves_no_process_behind(tmp_path):
     pid = tmp_path/"pid"
     nb = notebook(tmp_path/"long.ipynb", "B = 0.3", f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
-    steps = sweep.follow(nb, {}, tmp_path/"out.ipynb")
+    steps = notebooks.follow(nb, {}, tmp_path/"out.ipynb")
     while not pid.exists() or not pid.read_text(): next(steps); time.sleep(0.1)
     steps.close()
     kernel, began = int(pid.read_text()), time.time()
@@ -103,7 +107,7 @@ def test_a_stopped_sweep_leaves_no_process_behind(tmp_path):
 
 def test_a_shared_file_is_made_once_by_many(tmp_path):
     code = f"""
-import time; from penaltyanon.sweep import make_once; from penaltyanon.core import atomic_write
+import time; from penaltyanon.core.files import atomic_write, make_once
 def make(path): open({str(tmp_path/'calls')!r}, "a").write("x"); time.sleep(0.5); atomic_write(path, "weights")
 make_once({str(tmp_path/'shared')!r}, make); assert open({str(tmp_path/'shared')!r}).read() == "weights" """
     many = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
@@ -111,30 +115,30 @@ make_once({str(tmp_path/'shared')!r}, make); assert open({str(tmp_path/'shared')
 
 
 def test_missing_papermill_is_one_line_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "penaltyanon\[run\]"'): sweep.run_notebook("runs/evaluate", {}, tmp_path/"x.ipynb")
+    monkeypatch.setattr(notebooks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "penaltyanon\[run\]"'): notebooks.run_notebook("runs/evaluate", {}, tmp_path/"x.ipynb")
 
 
 def test_threads_of_a_job_are_what_was_asked(tmp_path):
     nb = notebook(tmp_path/"threads.ipynb", "B = 0.3", "import os; print(os.environ['OMP_NUM_THREADS'])")
-    done = sweep.run_notebook(nb, {}, tmp_path/"out.ipynb", threads=3)
+    done = notebooks.run_notebook(nb, {}, tmp_path/"out.ipynb", threads=3)
     assert read_json(done)["cells"][-1]["outputs"][0]["text"] == "3\n"
 
 
 @pytest.mark.parametrize("deaths, ends", [(1, "well"), (2, "badly")])
 def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, deaths, ends):
     "Two kernels that start at the same moment can take the same port; one of them dies."
-    started, launch = [], sweep._launch
+    started, launch = [], notebooks._launch
     def clash(source, output, parameters, log, threads, more):
         started.append(output)
         if len(started) > deaths: return launch(source, output, parameters, log, threads, more)
         log.write_text("RuntimeError: Kernel died before replying to kernel_info\n")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
-    monkeypatch.setattr(sweep, "_launch", clash)
+    monkeypatch.setattr(notebooks, "_launch", clash)
     book, out = notebook(tmp_path/"book.ipynb", "x = 1", "print(x)"), tmp_path/"out.ipynb"
-    if ends == "well": assert sweep.run_notebook(book, {"x": 2}, out).exists() and len(started) == 2
+    if ends == "well": assert notebooks.run_notebook(book, {"x": 2}, out).exists() and len(started) == 2
     else:
-        with pytest.raises(UserError, match="Kernel died before replying to kernel_info, 2 times"): sweep.run_notebook(book, {"x": 2}, out)
+        with pytest.raises(UserError, match="Kernel died before replying to kernel_info, 2 times"): notebooks.run_notebook(book, {"x": 2}, out)
 
 
 # ---- retries, locks, GPUs, cancelling
@@ -149,10 +153,10 @@ def units(plan):
 
 @pytest.mark.parametrize("retries, plan, state, tries", [(0, ["x"], "failed", 1), (1, ["x", None], "done", 2), (2, ["x", "y", "z"], "failed", 3), (5, [None], "done", 1)])
 def test_a_failed_job_is_tried_as_often_as_asked(tmp_path, retries, plan, state, tries):
-    cell, = sweep.grid("smoke", methods=("raw",))
-    job, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=units(plan), retries=retries, poll_s=0.01)
+    cell, = grid.grid("smoke", methods=("raw",))
+    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=units(plan), retries=retries, poll_s=0.01)
     assert (job.state, job.tries) == (state, tries) and not plan
-    assert read_json(sweep.note(job))["state"] == state and read_json(sweep.note(job))["tries"] == tries
+    assert read_json(jobs.note(job))["state"] == state and read_json(jobs.note(job))["tries"] == tries
 
 
 @pytest.mark.parametrize("per_gpu, at_once", [(1, 2), (2, 4), (9, 5)])
@@ -165,24 +169,24 @@ def test_each_job_has_a_gpu_of_its_own_or_shares_it_as_asked(tmp_path, per_gpu, 
         yield; yield
         at_work.remove(job.gpu)
         job.path.mkdir(parents=True); (job.path/"DONE").touch()
-    cells = sweep.grid("smoke", methods=("raw",), seeds=range(6))
-    assert {j.state for j in sweep.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
+    cells = grid.grid("smoke", methods=("raw",), seeds=range(6))
+    assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
     assert max(most) == at_once
 
 
 def test_gpus_are_what_the_environment_says(monkeypatch):
     for said, found in (("0,3", ("0", "3")), ("", ()), ("-1", ())):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
-        assert sweep.visible_gpus() == found
+        assert jobs.visible_gpus() == found
 
 
 def test_a_cancelled_job_stops_and_is_not_tried_again(tmp_path):
-    cell, = sweep.grid("smoke", methods=("raw",))
+    cell, = grid.grid("smoke", methods=("raw",))
     def unit(job):
-        while True: sweep.note(job, ".cancel").touch(); yield
-    job, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=unit, retries=9, poll_s=0.01)
+        while True: jobs.note(job, ".cancel").touch(); yield
+    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=unit, retries=9, poll_s=0.01)
     assert (job.state, job.reason, job.tries) == ("failed", "cancelled", 1)
-    again, = sweep.run_jobs([cell], tmp_path, notebooks=(), unit=units([None]), poll_s=0.01)
+    again, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=units([None]), poll_s=0.01)
     assert again.state == "done", "a new sweep begins without the old note"
 
 
@@ -199,18 +203,19 @@ def test_what_a_killed_sweep_started_dies_with_it_and_its_runs_are_free(tmp_path
     pid = tmp_path/"pid"
     nb = notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), f"""
 import os, time; from pathlib import Path
-from penaltyanon.core import RunFolder, resolve
+from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.settings import resolve
 s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed, action_data=action_data, privacy_data=privacy_data, attributes=attributes)
 run = RunFolder.create(run_root, s, resume=True)
 if not Path({str(pid)!r}).exists():
     Path({str(pid)!r}).write_text(str(os.getpid()))
     time.sleep(600)
 run.finish(dict())""")
-    code = f"from penaltyanon import sweep; sweep.run_jobs(sweep.grid('smoke', methods=('raw',)), {str(tmp_path/'runs')!r}, notebooks=({str(nb)!r},))"
+    code = f"from penaltyanon.sweep import grid, jobs; jobs.run_jobs(grid.grid('smoke', methods=('raw',)), {str(tmp_path/'runs')!r}, notebooks=({str(nb)!r},))"
     first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (pid.exists() and pid.read_text()) and time.time() < deadline: time.sleep(0.1)
     first.kill(); first.wait()
-    job, = sweep.run_jobs(sweep.grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
+    job, = jobs.run_jobs(grid.grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
     assert job.state == "done", job.reason                 # it waited until the old kernel let go of the folder
     assert not Path(f"/proc/{pid.read_text()}").exists() and [p.name for p in (job.path/"attempts").glob("*.ipynb")] == ["stage-1.ipynb"]

@@ -4,8 +4,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from conftest import FIGURES, ROOT, SHARED, code_cells
-from penaltyanon import paper, tables
-from penaltyanon.core import UserError
+from penaltyanon.results import paper, tables
+from penaltyanon.core.files import UserError
 
 # ---- the transcription
 TEXT = next(iter(sorted((SHARED.parent/"paper").glob("000_*.txt"))), None)
@@ -56,7 +56,7 @@ def test_the_slips_that_the_audit_names_are_found():
 
 
 # ---- synthetic runs: the writer is the hidden cell of the lesson
-cell = next(c.source for c in code_cells(ROOT/"nbs"/"76_tables.ipynb") if "def fake_predictions(" in c.source)
+cell = next(c.source for c in code_cells(ROOT/"nbs/results/2_tables.ipynb") if "def fake_predictions(" in c.source)
 scope = {}
 exec("from pathlib import Path\nimport numpy as np\nfrom penaltyanon.core import resolve, settings_dict, write_json, write_yaml\n" + cell.split("tmp = tempfile")[0], scope)
 fake_run, fake_action = scope["fake_run"], scope["fake_action"]

@@ -1,13 +1,17 @@
 "The game: who may move, that equal games are equal, and that the bound is kept."
 import math
 import pytest, torch
-from penaltyanon import training
-from penaltyanon.anonymizers import UNet, UNetPP, freeze_batchnorm
-from penaltyanon.core import UserError, UsageError, resolve, seed_everything
-from penaltyanon.losses import rms
+from penaltyanon.train import batches, minimax, start
+from penaltyanon.nets import anonymizers
+from penaltyanon.core import machine
+from penaltyanon.nets.anonymizers import UNet, UNetPP, freeze_batchnorm
+from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.core.machine import seed_everything
+from penaltyanon.core.settings import resolve
+from penaltyanon.train.losses import rms
 
 CPU = torch.device("cpu")
-BATCH = training.Batch(torch.rand(3, 3, 4, 32, 32), torch.tensor([0, 1, 2]), torch.rand(8, 3, 32, 32), torch.zeros(4, 0))
+BATCH = batches.Batch(torch.rand(3, 3, 4, 32, 32), torch.tensor([0, 1, 2]), torch.rand(8, 3, 32, 32), torch.zeros(4, 0))
 
 
 class Data:
@@ -22,13 +26,13 @@ class Data:
 
 def players(s, model="r3d_small"):
     seed_everything(s.seed)
-    return training.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
+    return minimax.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def game(**changes):
     s = resolve("smoke", **{**dict(precision="fp32", steps=4, lr_anonymizer=1e-3, penalty="hinge"), **changes})
     p, rows = players(s), []
-    record = training.minimax(p, training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0), s, rows.append, progress=False)
+    record = minimax.minimax(p, batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0), s, rows.append, progress=False)
     return torch.cat([q.detach().flatten() for q in p.f_A.parameters()]), rows, record
 
 
@@ -40,13 +44,13 @@ def changed(net, before): return [k for k, v in net.state_dict().items() if not 
 def test_each_step_moves_only_its_own(model):
     "Parameters and buffers: a BatchNorm statistic that moves is a leak between the players."
     s = resolve("smoke", precision="fp32", B=0.1, penalty="hinge", action_model=model, size=64)
-    p, b = players(s), training.Batch(torch.rand(2, 3, 8, 64, 64), BATCH.action[:2], BATCH.views, BATCH.labels)
+    p, b = players(s), batches.Batch(torch.rand(2, 3, 8, 64, 64), BATCH.action[:2], BATCH.views, BATCH.labels)
     before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
-    _, x, v = training.anonymizer_step(p, b, s)
+    _, x, v = minimax.anonymizer_step(p, b, s)
     assert changed(p.f_A, before[0]) and not changed(p.f_T, before[1]) and not changed(p.f_B, before[2])
     assert not [k for k in changed(p.f_A, before[0]) if "running" in k or "tracked" in k]
     before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
-    training.opponents_step(p, x, v, b, s)
+    minimax.opponents_step(p, x, v, b, s)
     assert not changed(p.f_A, before[0]) and changed(p.f_T, before[1]) and changed(p.f_B, before[2])
 
 
@@ -97,8 +101,8 @@ def test_the_constraint_holds_the_bound_that_the_plain_hinge_breaks():
         p, rows = players(s), []
         p.f_A, p.f_T = Tint(), Night()
         p.opt_A, p.opt_T = (torch.optim.Adam(n.parameters(), s.lr_anonymizer) for n in (p.f_A, p.f_T))
-        clips = ({"clip": c["clip"], "action": 0 * c["action"]} for c in training.endless(Data(6), 3, 0))
-        training.minimax(p, clips, training.endless(Data(8), 4, 0), s, rows.append, progress=False)
+        clips = ({"clip": c["clip"], "action": 0 * c["action"]} for c in batches.endless(Data(6), 3, 0))
+        minimax.minimax(p, clips, batches.endless(Data(8), 4, 0), s, rows.append, progress=False)
         ends[penalty] = sum(r["rms_clips"] for r in rows[-30:]) / 30
     assert ends["constraint"] < 0.42 and ends["hinge"] > 0.6, ends
 
@@ -112,31 +116,31 @@ def test_release_is_what_evaluation_sees():
     "One function in step 1, step 2 and evaluation: BatchNorm is frozen, so train and eval mode agree."
     s = resolve("smoke", precision="fp32")
     p = players(s)
-    x, v = training.release(p.f_A, BATCH, s)
+    x, v = minimax.release(p.f_A, BATCH, s)
     p.f_A.train()
-    with torch.no_grad(): assert torch.equal(training.anonymize_clip(p.f_A, BATCH.clip), x) and torch.equal(p.f_A(BATCH.views), v)
+    with torch.no_grad(): assert torch.equal(anonymizers.anonymize_clip(p.f_A, BATCH.clip), x) and torch.equal(p.f_A(BATCH.views), v)
 
 
 def test_a_cpu_without_bf16_stays_in_float32(monkeypatch):
-    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
-    training.no_bf16.cache_clear()
-    with pytest.warns(UserWarning, match="say precision=fp32"), training.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    monkeypatch.setattr(batches, "has_fast_bf16", lambda device: False)
+    batches.no_bf16.cache_clear()
+    with pytest.warns(UserWarning, match="say precision=fp32"), batches.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_bf16_follows_float32():
-    if not training.has_fast_bf16(CPU): pytest.skip("this CPU has no bfloat16 arithmetic")
+    if not machine.has_fast_bf16(CPU): pytest.skip("this CPU has no bfloat16 arithmetic")
     exact, rough = (players(resolve("smoke", precision=p)) for p in ("fp32", "bf16"))
-    a, b = (training.release(p.f_A, BATCH, resolve("smoke", precision=q))[0] for p, q in ((exact, "fp32"), (rough, "bf16")))
+    a, b = (minimax.release(p.f_A, BATCH, resolve("smoke", precision=q))[0] for p, q in ((exact, "fp32"), (rough, "bf16")))
     assert rms(a, b).max() < 0.05
 
 
 def test_nan_stops_with_its_name():
-    with pytest.raises(UserError, match="loss_privacy became NaN at step 3"): training.check_finite({"loss_action": 1.0, "loss_privacy": math.nan}, 3)
+    with pytest.raises(UserError, match="loss_privacy became NaN at step 3"): minimax.check_finite({"loss_action": 1.0, "loss_privacy": math.nan}, 3)
 
 
 def test_the_oracle_needs_puppets():
     with pytest.raises(UsageError, match="has no neutral twin"):
-        training.load_collections(resolve("smoke", method="oracle", action_data="ucf101:/x", privacy_data="images:/y"))
+        batches.load_collections(resolve("smoke", method="oracle", action_data="ucf101:/x", privacy_data="images:/y"))
 
 
 REFERENCE = {   # commit 1de948c, before the loop knew of methods: how far each network moves in the game (sum |change|), and the last row
@@ -152,15 +156,15 @@ def test_the_penalty_game_is_the_one_of_the_committed_runs(penalty):
     s = resolve("smoke", steps=6, B=0.2, seed=3, penalty=penalty)
     seed_everything(s.seed)
     f_A, rows = UNetPP(decoder=(16, 8, 8, 8)), []
-    p = training.make_players(s, f_A, 3, CPU)
-    streams = lambda: (training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0))
-    training.pretrain_identity(f_A, *reversed(streams()), s, CPU, progress=False)
-    training.warm_up(p, *streams(), s, progress=False)
+    p = minimax.make_players(s, f_A, 3, CPU)
+    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
+    start.pretrain_identity(f_A, *reversed(streams()), s, CPU, progress=False)
+    start.warm_up(p, *streams(), s, progress=False)
     seed_everything(s.seed)
-    start = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
-    training.minimax(p, *streams(), s, rows.append, progress=False)
+    before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
+    minimax.minimax(p, *streams(), s, rows.append, progress=False)
     way = lambda net, before: sum((v.double() - before[k]).abs().sum().item() for k, v in net.state_dict().items())
-    found = {n: way(getattr(p, n), before) for n, before in zip(("f_A", "f_T", "f_B"), start)}
+    found = {n: way(getattr(p, n), before) for n, before in zip(("f_A", "f_T", "f_B"), before)}
     found |= {k: rows[-1][k] for k in ("loss_action", "loss_privacy", "loss_penalty", "lam")}
     assert found == pytest.approx(REFERENCE[penalty], rel=0.02)
 
@@ -168,13 +172,13 @@ def test_the_penalty_game_is_the_one_of_the_committed_runs(penalty):
 def test_a_resumed_game_goes_on_where_it_stopped():
     "Optimizers, the controller's memory and the count of steps included."
     s = resolve("smoke", precision="fp32", steps=6, penalty="constraint", B=0.1)
-    streams = lambda: (training.endless(Data(6), 3, 0), training.endless(Data(8), 4, 0))
+    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
     p, rows = players(s), []
-    record = training.minimax(p, *streams(), s, rows.append, progress=False)
+    record = minimax.minimax(p, *streams(), s, rows.append, progress=False)
     q, data = players(s), streams()
-    training.minimax(q, *data, s, progress=False, steps=3)
-    r = training.resume_game(players(resolve("smoke", seed=8)), training.game_state(q))
+    minimax.minimax(q, *data, s, progress=False, steps=3)
+    r = minimax.resume_game(players(resolve("smoke", seed=8)), minimax.game_state(q))
     again = []
-    assert training.minimax(r, *data, s, again.append, progress=False) == record
+    assert minimax.minimax(r, *data, s, again.append, progress=False) == record
     assert [{**a, "ms": 0} for a in again] == [{**b, "ms": 0} for b in rows[3:]]
     assert not changed(p.f_A, snapshot(r.f_A)) and not changed(p.f_B, snapshot(r.f_B))

@@ -1,9 +1,9 @@
 "Augmentation: one draw per clip, right axes, values in [0, 1], nothing but the generator decides."
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from penaltyanon import transforms
-from penaltyanon.core import UsageError
-from penaltyanon.transforms import colour_matrix, crop_box, recolour, train_clip
+from penaltyanon.data import transforms
+from penaltyanon.core.files import UsageError
+from penaltyanon.data.transforms import colour_matrix, crop_box, recolour, train_clip
 
 centre = transforms.test_clip
 quick = settings(max_examples=60, deadline=None)

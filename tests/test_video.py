@@ -3,9 +3,9 @@ import csv, random, wave
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from conftest import SHARED
-from penaltyanon import video
-from penaltyanon.core import UserError
-from penaltyanon.video import VideoError, frame_count, read_frames, read_image, sample_indices, write_video
+from penaltyanon.data import video
+from penaltyanon.core.files import UserError
+from penaltyanon.data.video import VideoError, frame_count, read_frames, read_image, sample_indices, write_video
 
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real clips under {SHARED}; set PENALTYANON_SHARED")
 KINDS = {"mpeg4.avi": dict(codec="mpeg4", g=12), "mpeg4-b.avi": dict(codec="mpeg4", bf=2, g=30), "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),

@@ -89,8 +89,8 @@ def test_a_camera_imports(edge, module, tmp_path): inside(edge, f"import penalty
 def exported(tmp_path_factory):
     "A student that inverts its frames, exported by the environment of this test"
     import torch
-    from penaltyanon.export import export_onnx, probe_frames
-    from penaltyanon.student import TinyNet
+    from penaltyanon.edge.export import export_onnx, probe_frames
+    from penaltyanon.nets.student import TinyNet
     net = TinyNet((4, 4, 4))
     net.head.bias.data = torch.tensor([-1.0]*12 + [1.0]*12)
     export_onnx(net, path := tmp_path_factory.mktemp("exported")/"invert.onnx", frames=probe_frames(2, 32, 32))
@@ -98,7 +98,7 @@ def exported(tmp_path_factory):
 
 
 def test_a_camera_anonymizes_frames(edge, exported, tmp_path):
-    code = f"""import sys, numpy as np; from penaltyanon.export import onnx_anonymizer
+    code = f"""import sys, numpy as np; from penaltyanon.edge.export import onnx_anonymizer
 frames = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
 print(np.abs(onnx_anonymizer({str(exported)!r})(frames).astype(int) + frames - 255).max())"""
     assert inside(edge, code, tmp_path) in "01"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from penaltyanon.core import write_json
-from penaltyanon.streams import Facts, Picture, Writer
+from penaltyanon.core.files import write_json
+from penaltyanon.edge.streams import Facts, Picture, Writer
 
 
 def film(path: Path, seconds: int, width: int = 320, height: int = 240) -> Path:

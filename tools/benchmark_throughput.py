@@ -34,17 +34,17 @@ args = arguments()
 os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:args.cores]))      # deface inherits it
 os.environ["OMP_NUM_THREADS"] = str(args.cores)
 import av, numpy as np, torch
-from penaltyanon import student as _
-from penaltyanon.anonymize import Options, anonymize_file
-from penaltyanon.anonymizers import load_anonymizer
-from penaltyanon.core import write_json
-from penaltyanon.deploy import pick_device, torch_runner
-from penaltyanon.distill import distill, fidelity, gmacs, sample_frames
-from penaltyanon.export import export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
-from penaltyanon.guards import Anonymizer
-from penaltyanon.obfuscation import OBFUSCATIONS
-from penaltyanon.streams import Facts, Picture, Writer, decode
-from penaltyanon.training import has_fast_bf16
+from penaltyanon.nets import student as _
+from penaltyanon.edge.anonymize import Options, anonymize_file
+from penaltyanon.nets.anonymizers import load_anonymizer
+from penaltyanon.core.files import write_json
+from penaltyanon.edge.command import pick_device, torch_runner
+from penaltyanon.train.distill import distill, fidelity, gmacs, sample_frames
+from penaltyanon.edge.export import export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
+from penaltyanon.edge.guards import Anonymizer
+from penaltyanon.nets.obfuscation import OBFUSCATIONS
+from penaltyanon.edge.streams import Facts, Picture, Writer, decode
+from penaltyanon.core.machine import has_fast_bf16
 
 torch.set_num_threads(args.cores)
 DEVICE = pick_device(args.device)

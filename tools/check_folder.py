@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 
-from penaltyanon.core import read_json, write_json
+from penaltyanon.core.files import read_json, write_json
 
 
 def times(path: Path) -> tuple[list[float], float, float, float]:

@@ -12,7 +12,7 @@ def readme() -> str:
     exporter = MarkdownExporter()
     exporter.register_preprocessor(RegexRemovePreprocessor(patterns=[r"^#\|\s*hide"]), enabled=True)
     text, _ = exporter.from_filename(str(ROOT/"nbs/index.ipynb"))
-    text = re.sub(r"\]\((?!\.\./|\w+:|#)", "](nbs/", text)      # [00_core](00_core.ipynb) -> nbs/00_core.ipynb
+    text = re.sub(r"\]\((?!\.\./|\w+:|#)", "](nbs/", text)      # [core/2_settings](core/2_settings.ipynb) -> nbs/00_core.ipynb
     return text.replace("](../", "](").strip() + "\n"
 
 

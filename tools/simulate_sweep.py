@@ -10,8 +10,10 @@ from pathlib import Path
 
 import nbformat
 
-from penaltyanon.core import UserError, resolve, write_json
-from penaltyanon.sweep import _die_with_parent, attend, run_jobs, run_notebook
+from penaltyanon.core.files import UserError, write_json
+from penaltyanon.core.settings import resolve
+from penaltyanon.sweep.jobs import run_jobs
+from penaltyanon.sweep.notebooks import _die_with_parent, attend, run_notebook
 
 RATES = dict(crash=0.10, hang=0.03, preempted=0.10)     # of attempts
 WATCHDOG_S = 1.0
