@@ -56,32 +56,32 @@ def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "lo
     options = assignments(slurm, "--slurm")
     prepare_data(cells[0])
     if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], per_gpu=per_gpu, **more)
-    from penaltyanon.sweep.cluster import run_on
-    return run_on(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
+    from penaltyanon.sweep.cluster import run_on_cluster
+    return run_on_cluster(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
 
 
 def plan(protocol: str, preset: str, world: str, root: Path, own: list[str], tests: list[str]) -> tuple[dict, dict]:
     "What a protocol adds to a sweep: (overrides and axes of the grid, what `run_grid` needs for the attacks)"
     from penaltyanon.core.files import UsageError
-    from penaltyanon.evaluate.protocols import data_of, find_protocol, pick_attacks, spec_of
+    from penaltyanon.evaluate.protocols import protocol_data, find_protocol, pick_attacks, data_spec
     for o in own:
         if ":" not in o.partition("=")[2]: raise UsageError(f"--data-set {o}: write NAME=LOADER:FOLDER, e.g. --data-set hmdb51=hmdb51:/data/hmdb51")
     p = find_protocol(protocol)
-    data = data_of(world or dict(mini="mini", paper="official").get(preset, "puppets"), root, {k: v for k, _, v in (o.partition("=") for o in own)})
-    for a in pick_attacks(p, tests): spec_of(a.train, data), spec_of(a.on or a.train, data)
-    return dict(action_data=spec_of(p.action, data), privacy_data=spec_of(p.privacy, data), **p.vary), dict(protocol=protocol, tests=tuple(tests), data=data)
+    data = protocol_data(world or dict(mini="mini", paper="official").get(preset, "puppets"), root, {k: v for k, _, v in (o.partition("=") for o in own)})
+    for a in pick_attacks(p, tests): data_spec(a.train, data), data_spec(a.on or a.train, data)
+    return dict(action_data=data_spec(p.action, data), privacy_data=data_spec(p.privacy, data), **p.vary), dict(protocol=protocol, tests=tuple(tests), data=data)
 
 
 def show_table(root: Path):
     "The closing table"
     from rich.console import Console
     from rich.table import Table
-    from penaltyanon.results.report import load_results, table
-    rows = table(load_results(root))
+    from penaltyanon.results.report import load_results, results_table
+    rows = results_table(load_results(root))
     columns = [c for c in rows.columns if not c.startswith("F1")]
-    grid = Table("", *columns, box=None, pad_edge=False)
-    for label, *values in rows[columns].itertuples(): grid.add_row(str(label), *map(str, values))
-    Console(width=None if sys.stdout.isatty() else 150).print(grid)
+    table = Table("", *columns, box=None, pad_edge=False)
+    for label, *values in rows[columns].itertuples(): table.add_row(str(label), *map(str, values))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 @app.command()
@@ -93,9 +93,9 @@ def demo(
     preset: Annotated[str, typer.Option(help="settings to start from")] = "demo",
 ):
     "The main job on generated data: puppets, controls, every B, figures, report.html."
-    from penaltyanon.sweep.grid import grid
+    from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
-    cells = grid(preset, B=B, seeds=range(seeds), action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
+    cells = expand_grid(preset, B=B, seeds=range(seeds), action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
     todo = run_grid(cells, out, jobs, threads, retries=1)
     if any(j.state in ("done", "kept") for j in todo):
         from penaltyanon.results.report import write_report
@@ -133,13 +133,13 @@ def sweep(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
-    from penaltyanon.sweep.grid import grid
+    from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
     named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes, action_model=action_model, backbone=backbone)
-    table, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
+    overrides, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
-    axes = table | {k: v for k, v in axes.items() if k not in table or (v and v != PAPER_B)}   # what the user says wins
-    cells = grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
+    axes = overrides | {k: v for k, v in axes.items() if k not in overrides or (v and v != PAPER_B)}   # what the user says wins
+    cells = expand_grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
     out = out or Path("runs")/preset
     todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, jobs_per_gpu, retries=retries, **attacks)
     if cluster == "slurm" and not wait: return print(f"submitted: {sum(j.state == 'waiting' for j in todo)} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
@@ -151,8 +151,8 @@ def sweep(
 @app.command(hidden=True)
 def rank(run: Annotated[Path, typer.Argument(help="a run folder")]):
     "One of the processes that share a run's batches; `--devices` starts them."
-    from penaltyanon.train.trainer import rank
-    rank(run)
+    from penaltyanon.train.trainer import run_rank
+    run_rank(run)
 
 
 @app.command()
@@ -164,14 +164,14 @@ def status(
     import time
     from rich.console import Console
     from rich.live import Live
-    from penaltyanon.sweep.status import jobs_in, status_table
-    console, jobs = Console(width=None if sys.stdout.isatty() else 170), jobs_in(runs)
+    from penaltyanon.sweep.status import find_jobs, status_table
+    console, jobs = Console(width=None if sys.stdout.isatty() else 170), find_jobs(runs)
     if not watch: return console.print(status_table(jobs))
     with Live(status_table(jobs), console=console) as live:
         while any(j.state in ("running", "queued") for j in jobs):
             time.sleep(5)
             seen = {j.path.name: j for j in jobs}
-            jobs = jobs_in(runs)
+            jobs = find_jobs(runs)
             for j in jobs:
                 if (old := seen.get(j.path.name)) and old.stage == j.stage: j.since = old.since
             live.update(status_table(jobs))
@@ -183,8 +183,8 @@ def cancel(
     run: Annotated[list[str], typer.Option(help="only these runs (or the beginning of a name); else all, and the sweep itself")] = [],
 ):
     "End runs that are running or queued; their checkpoints stay, and a sweep takes them up again."
-    from penaltyanon.sweep.status import cancel
-    print("\n".join(cancel(runs, tuple(run))) or f"{runs}: nothing is running or queued")
+    from penaltyanon.sweep.status import cancel_runs
+    print("\n".join(cancel_runs(runs, tuple(run))) or f"{runs}: nothing is running or queued")
 
 
 @app.command()
@@ -193,9 +193,9 @@ def protocols():
     from rich.console import Console
     from rich.table import Table
     from penaltyanon.evaluate.protocols import PROTOCOLS
-    grid = Table("protocol", "what", "game", "attacks beyond the known", box=None, pad_edge=False)
-    for name, p in PROTOCOLS.items(): grid.add_row(name, p.title, f"{p.action} + {p.privacy}", ", ".join(a.name for a in p.attacks) or "-")
-    Console(width=None if sys.stdout.isatty() else 170).print(grid)
+    table = Table("protocol", "what", "game", "attacks beyond the known", box=None, pad_edge=False)
+    for name, p in PROTOCOLS.items(): table.add_row(name, p.title, f"{p.action} + {p.privacy}", ", ".join(a.name for a in p.attacks) or "-")
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
 @app.command()
@@ -243,7 +243,7 @@ def puppets(
 ):
     "Generate the embedded data set: acting puppets with known truth."
     from penaltyanon.data.puppets import write_puppets
-    print(write_puppets(root, train=train, test=test, seed=seed, world=world))
+    print(write_puppets(root, train=train, test=test, seed=seed, variant=world))
 
 
 data_commands = typer.Typer(no_args_is_help=True, help="What is in a data folder.")
@@ -330,7 +330,7 @@ def anonymize(
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
     options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force)
     told = deploy.anonymize(source, output, model, options, device, workers, preview, report)
-    print(deploy.closing(told))
+    print(deploy.closing_line(told))
     if not told["ok"]: raise UserError(f"{source}: not everything was anonymized; {told['report']} says what and why")
 
 

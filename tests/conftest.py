@@ -65,52 +65,52 @@ def processes():
 
 
 @pytest.fixture(scope="session")
-def follow(processes):
-    "`notebooks.follow` without papermill: a notebook in a forked process, nothing written but what its cells write."
-    from attempts import attempt
+def run_notebook_steps(processes):
+    "`notebooks.run_notebook_steps` without papermill: a notebook in a forked process, nothing written but what its cells write."
+    from attempts import run_attempt
     from penaltyanon.core.files import UserError
     from penaltyanon.sweep.notebooks import check_parameters, find_notebook
-    def follow(name, parameters, output, seconds=600, **how):
+    def run_notebook_steps(name, parameters, output, seconds=600, **how):
         check_parameters(source := find_notebook(name), parameters)
         log = Path(output).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        p, deadline = processes.Process(target=attempt, args=([source], parameters, log)), time.monotonic() + seconds
+        p, deadline = processes.Process(target=run_attempt, args=([source], parameters, log)), time.monotonic() + seconds
         p.start()
         try:
             while p.is_alive() and time.monotonic() < deadline: yield
         finally: p.kill() if p.is_alive() else None; p.join()
         if p.exitcode: raise UserError(f"{name}: exit code {p.exitcode}; {log.read_text()[-4000:]}")
         log.unlink()
-    return follow
+    return run_notebook_steps
 
 
 @pytest.fixture(scope="session")
-def work(follow):
-    "`jobs.work` without papermill."
+def run_job_steps(run_notebook_steps):
+    "`jobs.run_job_steps` without papermill."
     from penaltyanon.sweep import jobs
-    return functools.partial(jobs.work, via=follow)
+    return functools.partial(jobs.run_job_steps, run_steps=run_notebook_steps)
 
 
 @pytest.fixture(scope="session")
-def begin(processes):
+def start_attempt(processes):
     "Starts an attempt at a run, in a forked process."
-    from attempts import attempt
+    from attempts import run_attempt
     from penaltyanon.sweep import grid, jobs, notebooks
-    def begin(s, root, log, die_at=None):
-        p = processes.Process(target=attempt, args=([notebooks.find_notebook(n) for n in jobs.STAGES], grid.run_parameters(s, root), log, die_at))
+    def start_attempt(s, root, log, die_at=None):
+        p = processes.Process(target=run_attempt, args=([notebooks.find_notebook(n) for n in jobs.RUN_NOTEBOOKS], grid.run_parameters(s, root), log, die_at))
         p.start()
         return p
-    return begin
+    return start_attempt
 
 
 @pytest.fixture(scope="session")
-def complete(begin):
+def finish_attempt(start_attempt):
     "Such an attempt, to its end."
-    def complete(s, root, log):
-        p = begin(s, root, log); p.join()
+    def finish_attempt(s, root, log):
+        p = start_attempt(s, root, log); p.join()
         assert p.exitcode == 0, Path(log).read_text()[-2000:]
-    return complete
+    return finish_attempt
 
 
 @pytest.fixture

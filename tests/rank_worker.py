@@ -34,10 +34,10 @@ def play(name, gather):
     ranks_module.Ranks.gather = everyone if gather else lambda self, z, views=2: z if views == 2 else everyone(self, z, views)
     s, aims = resolve("smoke", method=name, backbone="unetpp", decoder=(16, 8, 8, 8), precision="fp32", lr_anonymizer=1e-3, clip_grad=0.0, steps=4, batch_clips=4, batch_images=8, ensemble=1, restart_every=0, privacy_updates=2), METHODS[name]
     seed_everything(0)
-    p = minimax.make_players(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
+    p = minimax.make_networks(s, freeze_batchnorm(UNetPP(decoder=(16, 8, 8, 8))), 3, CPU, 2, aims)
     p.ranks = ranks
     for net in (p.f_T, p.f_B): ranks_module.share_batchnorm(net, ranks)
-    clips, images = batches.endless(Labelled(8), 4, 0, ranks=ranks), batches.endless(Labelled(16), 8, 1, ranks=ranks)
+    clips, images = batches.EndlessBatches(Labelled(8), 4, 0, ranks=ranks), batches.EndlessBatches(Labelled(16), 8, 1, ranks=ranks)
     grads, rows = {}, []
     for key, net, opt in (("f_A", p.f_A, p.opt_A), ("f_T", p.f_T, p.opt_T), ("f_B", p.f_B, p.opt_B)):
         def remember(opt, *_, key=key, net=net): grads.setdefault(key, torch.cat([q.grad.flatten().clone() for q in net.parameters() if q.grad is not None]))
@@ -47,4 +47,4 @@ def play(name, gather):
 
 
 played = {game: play(game.removesuffix("-alone"), not game.endswith("-alone")) for game in games}
-if ranks.first: torch.save(played, out)
+if ranks.is_first: torch.save(played, out)

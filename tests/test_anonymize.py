@@ -9,13 +9,13 @@ from penaltyanon import cli
 from penaltyanon.edge import anonymize as one, command as deploy, guards, streams
 from penaltyanon.edge.anonymize import Options, anonymize_file
 from penaltyanon.core.files import UserError
-from penaltyanon.edge.guards import Anonymizer
-from penaltyanon.edge.streams import decode
+from penaltyanon.edge.guards import FrameAnonymizer
+from penaltyanon.edge.streams import decode_frames
 
 real = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason=f"no real clips under {SHARED}; set PENALTYANON_SHARED")
 N = 12
-FLAT = Anonymizer(lambda f: np.full_like(f, 128), "flat")           # whatever has structure did not come from here
-NEGATIVE = Anonymizer(lambda f: 255 - f, "negative")
+FLAT = FrameAnonymizer(lambda f: np.full_like(f, 128), "flat")           # whatever has structure did not come from here
+NEGATIVE = FrameAnonymizer(lambda f: 255 - f, "negative")
 
 
 def numbered(n=N, h=32, w=48):
@@ -51,10 +51,10 @@ def film(path, frames=None, codec="libx264", moments=None, tick=Fraction(1, 9000
     return path
 
 
-def pictures(path): return [p.rgb for p in decode(path)]
+def pictures(path): return [p.rgb for p in decode_frames(path)]
 def seconds(path):
-    found = list(decode(path))
-    return [float((p.pts - p.facts.origin) * p.facts.time_base) for p in found], float(found[-1].duration * found[-1].facts.time_base)
+    found = list(decode_frames(path))
+    return [float((p.pts - p.info.origin) * p.info.time_base) for p in found], float(found[-1].duration * found[-1].info.time_base)
 def leftovers(folder): return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 def run(source, target, model=NEGATIVE, **how): return anonymize_file(source, target, model, Options(**how))
 
@@ -98,15 +98,15 @@ def test_upright_and_in_shape(tmp_path, rotation, suffix):
     "Turned, with oblong pixels: shown the same; the model sees people upright."
     page = np.full((32, 48, 3), 60, np.uint8); page[:16, :24] = 220
     source, seen = film(tmp_path/"in.mp4", [page] * 3, rotation=rotation, sample_aspect_ratio=Fraction(4, 3)), []
-    entry = run(source, tmp_path/f"out{suffix}", Anonymizer(lambda f: (seen.append(f[0].copy()), 255 - f)[1]))
+    entry = run(source, tmp_path/f"out{suffix}", FrameAnonymizer(lambda f: (seen.append(f[0].copy()), 255 - f)[1]))
     assert entry["status"] == "done", entry
     expected = np.rot90(page, rotation // 90)
     assert np.abs(seen[0].astype(int) - expected).mean() < 4
-    shown = next(decode(tmp_path/f"out{suffix}"))
+    shown = next(decode_frames(tmp_path/f"out{suffix}"))
     assert np.abs(255 - shown.rgb.astype(int) - expected).mean() < 5
     quarter = rotation in (90, -90) and suffix == ".avi"       # AVI holds no rotation: stored upright
-    assert shown.facts.aspect == (Fraction(3, 4) if quarter else Fraction(4, 3))
-    if suffix != ".avi": assert shown.facts.matrix == next(decode(source)).facts.matrix
+    assert shown.info.aspect == (Fraction(3, 4) if quarter else Fraction(4, 3))
+    if suffix != ".avi": assert shown.info.matrix == next(decode_frames(source)).info.matrix
 
 
 @pytest.mark.parametrize("size", [(33, 47), (1, 1), (17, 64), (64, 15)])
@@ -125,14 +125,14 @@ def test_colours_keep_range_and_matrix(tmp_path, how, suffix):
     source = film(tmp_path/"in.mkv", [colours] * 2, **how, options={"crf": "5"})
     out = tmp_path/f"out{suffix}"
     assert run(source, out, crf=5)["status"] == "done"
-    a, b = next(decode(source)), next(decode(out))
+    a, b = next(decode_frames(source)), next(decode_frames(out))
     assert np.abs(255 - b.rgb.astype(int) - a.rgb).mean() < 6
-    assert (b.facts.color[0] == 2) == (a.facts.color[0] == 2) and (b.facts.color[1] == 1) == (a.facts.color[1] == 1)
+    assert (b.info.color[0] == 2) == (a.info.color[0] == 2) and (b.info.color[1] == 1) == (a.info.color[1] == 1)
 
 
 def test_the_output_keeps_its_size_at_any_height(tmp_path):
     source, seen = film(tmp_path/"in.mp4"), []
-    run(source, tmp_path/"out.mp4", Anonymizer(lambda f: (seen.append(f.shape[1:3]), 255 - f)[1]), height=16)
+    run(source, tmp_path/"out.mp4", FrameAnonymizer(lambda f: (seen.append(f.shape[1:3]), 255 - f)[1]), height=16)
     assert set(seen) == {(16, 24)} and pictures(tmp_path/"out.mp4")[0].shape == (32, 48, 3)
 
 
@@ -189,18 +189,18 @@ def standalone(tmp_path): return film(tmp_path/"in.avi", codec="mjpeg", pix_fmt=
 @pytest.mark.parametrize("on_bad", ["blank", "drop", "fail"])
 @pytest.mark.parametrize("where", ["decode", "model"])
 def test_a_bad_frame_is_black_or_gone(tmp_path, standalone, monkeypatch, where, on_bad):
-    good = streams._decoded
+    good = streams._decode_packet
     for k in range(N):
         def lost(stream, packet, order):
-            if packet is not None and packet.pts == k: order.fail(); return []
+            if packet is not None and packet.pts == k: order.record_error(); return []
             return good(stream, packet, order)
         def moody(frames):
             if where == "model" and any(number(f) == k for f in frames): raise RuntimeError("no idea")
             return np.full_like(frames, 128)
         out = tmp_path/f"{k}.mkv"
         with monkeypatch.context() as m:
-            m.setattr(streams, "_decoded", lost if where == "decode" else good)
-            entry = run(standalone, out, Anonymizer(moody), on_bad_frame=on_bad, batch=5)
+            m.setattr(streams, "_decode_packet", lost if where == "decode" else good)
+            entry = run(standalone, out, FrameAnonymizer(moody), on_bad_frame=on_bad, batch=5)
         if on_bad == "fail": assert entry["status"] == "failed" and f"frame {k}" in entry["reason"] and not out.exists(), entry
         else:
             assert entry["status"] == "done" and entry["blank" if on_bad == "blank" else "dropped"] == 1, entry
@@ -222,7 +222,7 @@ def test_no_output_looks_finished(tmp_path, standalone, monkeypatch, where):
             if state["n"] == when: raise kind("lightning")
             return good(*a, **k)
         return call
-    places = dict(decode=(streams, "_rgb"), model=(one, "_batch"), encode=(streams.Writer, "write"), mux=(streams.Writer, "_mux"), rename=(guards.os, "replace"), sync=(guards.os, "fsync"), count=(one, "_count"))
+    places = dict(decode=(streams, "_upright_rgb"), model=(one, "_anonymize_batch"), encode=(streams.VideoWriter, "write"), mux=(streams.VideoWriter, "_mux"), rename=(guards.os, "replace"), sync=(guards.os, "fsync"), count=(one, "_count_packets"))
     target, name = places[where]
     for kind in (RuntimeError, OSError, MemoryError):
         for k in range(N if where in ("decode", "encode", "mux") else 1):
@@ -243,20 +243,20 @@ def test_memory_runs_out(tmp_path, standalone):
             return np.full_like(frames, 128)
         return go
     calls = []
-    entry = run(standalone, tmp_path/"a.mp4", Anonymizer(hungry(2, calls)))
+    entry = run(standalone, tmp_path/"a.mp4", FrameAnonymizer(hungry(2, calls)))
     assert entry["status"] == "done" and max(calls[2:]) == 2 and "batch 2" in entry["notes"][-1] and is_flat(tmp_path/"a.mp4") == N
-    entry = run(standalone, tmp_path/"b.mp4", Anonymizer(hungry(0, []), on_cpu=lambda: hungry(9, [])))
+    entry = run(standalone, tmp_path/"b.mp4", FrameAnonymizer(hungry(0, []), on_cpu=lambda: hungry(9, [])))
     assert entry["status"] == "done" and "CPU" in entry["notes"][-1] and is_flat(tmp_path/"b.mp4") == N
-    entry = run(standalone, tmp_path/"c.mp4", Anonymizer(hungry(0, [])))
+    entry = run(standalone, tmp_path/"c.mp4", FrameAnonymizer(hungry(0, [])))
     assert entry["status"] == "failed" and "--height" in entry["reason"] and not (tmp_path/"c.mp4").exists()
 
 
 SLOW = """
 import sys, time, numpy as np
 from penaltyanon.edge.anonymize import Options, anonymize_file
-from penaltyanon.edge.guards import Anonymizer
+from penaltyanon.edge.guards import FrameAnonymizer
 def slow(f): time.sleep(0.05 * len(f)); return np.full_like(f, 128)
-anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(slow), Options(codec="mjpeg"))
+anonymize_file(sys.argv[1], sys.argv[2], FrameAnonymizer(slow), Options(codec="mjpeg"))
 """                 # each picture of MJPEG is large and whole, so the file grows long before its end
 
 
@@ -276,7 +276,7 @@ def test_kill_leaves_nothing_that_looks_finished(tmp_path):
 def test_a_full_disk(tmp_path):
     "The system refuses to write more than two kilobytes."
     source = film(tmp_path/"in.avi", [np.random.default_rng(i).integers(0, 255, (64, 96, 3), dtype=np.uint8) for i in range(20)], codec="mjpeg", pix_fmt="yuvj420p")
-    code = "import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import Anonymizer\nprint(anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f)))"
+    code = "import sys, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import FrameAnonymizer\nprint(anonymize_file(sys.argv[1], sys.argv[2], FrameAnonymizer(lambda f: 255 - f)))"
     for suffix in ".mp4", ".mkv", ".avi":
         r = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path/f"out{suffix}")], capture_output=True, text=True, timeout=60)
         assert "'failed'" in r.stdout and "File too large" in r.stdout, r.stdout + r.stderr
@@ -296,7 +296,7 @@ def share(raw, out): return abs(float(fine(raw) @ fine(out))) / float(fine(raw) 
 @pytest.mark.parametrize("name", ["blur-strong", "blur-weak", "pixelate", "blackening", "downsample-4x"])
 def test_no_frame_is_more_like_the_raw_one_than_the_method_leaves_it(tmp_path, name):
     "Against every raw frame, not only its own: no earlier one is shown instead."
-    model = deploy.open_model(name, "cpu")
+    model = deploy.open_frame_anonymizer(name, "cpu")
     source = film(tmp_path/"in.mp4", numbered(N, 64, 96), options={"crf": "10"})
     raw = pictures(source)
     own = max(share(r, o) for r in raw for o in model.run(np.stack(raw)))
@@ -358,7 +358,7 @@ def test_damaged_films(tmp_path):
 # ---- as a stream
 def test_memory_does_not_grow_with_the_film(tmp_path):
     "The highest memory of a process for 2 seconds and for 40: the same."
-    code = "import sys\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import Anonymizer\ne = anonymize_file(sys.argv[1], sys.argv[2], Anonymizer(lambda f: 255 - f))\nprint(e['frames_out'], next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    code = "import sys\nfrom penaltyanon.edge.anonymize import anonymize_file\nfrom penaltyanon.edge.guards import FrameAnonymizer\ne = anonymize_file(sys.argv[1], sys.argv[2], FrameAnonymizer(lambda f: 255 - f))\nprint(e['frames_out'], next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     if not Path("/proc/self/status").exists(): pytest.skip("no /proc here to read a process's highest memory from")
     used = {}
     for n in 50, 1000:
@@ -372,9 +372,9 @@ def test_memory_does_not_grow_with_the_film(tmp_path):
 def test_stages_overlap(tmp_path, monkeypatch):
     "Half a second of reading and half a second of thinking take half a second."
     source = film(tmp_path/"in.avi", numbered(24), codec="mjpeg", pix_fmt="yuvj420p")
-    good = streams._rgb
-    monkeypatch.setattr(streams, "_rgb", lambda *a: (time.sleep(0.03), good(*a))[1])
-    entry = run(source, tmp_path/"out.mp4", Anonymizer(lambda f: (time.sleep(0.03 * len(f)), 255 - f)[1]), batch=2)
+    good = streams._upright_rgb
+    monkeypatch.setattr(streams, "_upright_rgb", lambda *a: (time.sleep(0.03), good(*a))[1])
+    entry = run(source, tmp_path/"out.mp4", FrameAnonymizer(lambda f: (time.sleep(0.03 * len(f)), 255 - f)[1]), batch=2)
     assert entry["seconds"] < 0.85 * sum(entry["stage_seconds"].values()), entry
 
 
@@ -389,7 +389,7 @@ def test_a_camera_is_stopped_and_its_film_is_whole(tmp_path):
         except BrokenPipeError: pass
     threading.Thread(target=feed, daemon=True).start()
     # a shell that starts tests in the background has Ctrl-C ignored, and children inherit that: the camera's process listens again
-    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon.edge import command as deploy\nfrom penaltyanon.edge.guards import Anonymizer\nprint(deploy.closing(deploy.anonymize(sys.argv[1], sys.argv[2], Anonymizer(lambda f: np.full_like(f, 128)))))"
+    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon.edge import command as deploy\nfrom penaltyanon.edge.guards import FrameAnonymizer\nprint(deploy.closing_line(deploy.anonymize(sys.argv[1], sys.argv[2], FrameAnonymizer(lambda f: np.full_like(f, 128)))))"
     with subprocess.Popen([sys.executable, "-c", code, str(pipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         deadline = time.time() + 60
         while not any(f.stat().st_size > 2000 for f in tmp_path.glob(".out*.part")) and time.time() < deadline and p.poll() is None: time.sleep(0.1)
@@ -434,7 +434,7 @@ def test_a_folder(tmp_path):
 def test_stop_gives_up_films_and_says_so(tmp_path, standalone):
     stop = threading.Event()
     def halts(frames): stop.set(); return np.full_like(frames, 128)
-    entry = anonymize_file(standalone, tmp_path/"out.mp4", Anonymizer(halts), Options(batch=2), stop=stop)
+    entry = anonymize_file(standalone, tmp_path/"out.mp4", FrameAnonymizer(halts), Options(batch=2), stop=stop)
     assert entry["status"] == "failed" and "stopped" in entry["reason"] and [p.name for p in tmp_path.iterdir()] == ["in.avi"]
 
 
@@ -484,10 +484,10 @@ def test_an_onnx_file_is_opened_by_its_own_module(tmp_path, monkeypatch):
     stub = type(sys)("penaltyanon.edge.export"); stub.onnx_anonymizer = lambda path, **k: lambda f: 255 - f
     monkeypatch.setitem(sys.modules, "penaltyanon.edge.export", stub)
     (tmp_path/"net.onnx").write_bytes(b"\x08\x07net")
-    model = deploy.open_model(tmp_path/"net.onnx")
+    model = deploy.open_frame_anonymizer(tmp_path/"net.onnx")
     assert model.name == "net.onnx" and model.sha256 == guards.file_hash(tmp_path/"net.onnx")
     stub.onnx_anonymizer = lambda path, **k: lambda f: f.copy()
-    with pytest.raises(UserError, match="nearly the identity"): deploy.open_model(tmp_path/"net.onnx")
+    with pytest.raises(UserError, match="nearly the identity"): deploy.open_frame_anonymizer(tmp_path/"net.onnx")
 
 
 @real

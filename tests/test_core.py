@@ -7,7 +7,7 @@ from penaltyanon.core import files, machine, run_folder, settings
 from conftest import ROOT
 from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.core.run_folder import RunFolder
-from penaltyanon.core.settings import MACHINE, PRESETS, Settings, resolve
+from penaltyanon.core.settings import MACHINE_FIELDS, PRESETS, Settings, resolve
 
 quick = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -64,16 +64,16 @@ def test_the_hash_changes_with_every_field_that_matters(s, data):
     field = data.draw(st.sampled_from(fields(Settings)))
     other = data.draw(values_of(field).filter(lambda v: (tuple(v) if isinstance(v, list) else v) != getattr(s, field.name)))
     changed = replace(s, **{field.name: other})
-    assert (settings.settings_hash(changed) == settings.settings_hash(s)) == (field.name in MACHINE)
-    assert (settings.run_name(changed) == settings.run_name(s)) == (field.name in MACHINE)
-    own = changed.method != s.method and {changed.method, s.method} & set(settings.OWN_START)
-    assert (settings.start_key(changed) == settings.start_key(s)) == (field.name not in settings.START and not own)
+    assert (settings.settings_hash(changed) == settings.settings_hash(s)) == (field.name in MACHINE_FIELDS)
+    assert (settings.run_name(changed) == settings.run_name(s)) == (field.name in MACHINE_FIELDS)
+    own = changed.method != s.method and {changed.method, s.method} & set(settings.OWN_START_METHODS)
+    assert (settings.start_key(changed) == settings.start_key(s)) == (field.name not in settings.START_FIELDS and not own)
 
 
 def test_committed_runs_keep_their_names_and_hashes():
     "Their params.yaml were written before the fields of LATER existed, or after; the folder's name must be the same."
     runs = [run_folder.RunFolder.open(p.parent) for p in sorted((ROOT/"runs").glob("*/*/params.yaml"))]
-    old = [r for r in runs if not set(settings.LATER) & set(files.read_yaml(r/"params.yaml"))]
+    old = [r for r in runs if not set(settings.LATER_FIELDS) & set(files.read_yaml(r/"params.yaml"))]
     assert [settings.run_name(r.settings) for r in runs] == [r.path.name for r in runs] and len(old) >= 18
     again = [resolve(**files.read_yaml(r/"params.yaml")) for r in old]
     assert [settings.run_name(s) for s in again] == [r.path.name for r in old], "asked for today, they are found"
@@ -85,11 +85,11 @@ def test_only_the_penalty_method_has_a_bound(method):
     "Whatever bound a sweep hands to another method, it is the same run."
     one, other = (resolve("demo", method=method, B=B, lam=2.0, penalty="hinge") for B in (0.3, 0.7))
     assert (one == other) == (method != "penalty")
-    assert settings.run_name(one).startswith(f"{method}-{one.backbone}-s0-" if method in settings.TRAINED[1:] else method)
+    assert settings.run_name(one).startswith(f"{method}-{one.backbone}-s0-" if method in settings.TRAINED_METHODS[1:] else method)
 
 
 def test_the_hash_is_the_same_in_another_process():
-    assert settings._hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % settings._hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
+    assert settings._short_hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % settings._short_hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
 
 
 numbers = [f.name for f in fields(Settings) if type(getattr(Settings(), f.name)) in (int, float)]

@@ -6,7 +6,7 @@ from PIL import Image
 from conftest import SHARED
 from penaltyanon.cli import main
 from penaltyanon.core.files import UsageError
-from penaltyanon.data.check import FACTS, base_rates, check_data, facts_of
+from penaltyanon.data.check import DATASET_FACTS, base_rates, check_data, dataset_facts
 from penaltyanon.data.sources import SOURCES
 from penaltyanon.data.layouts import write_layouts
 from penaltyanon.data.records import read_labels
@@ -25,9 +25,9 @@ def own(root, tmp_path): return Path(shutil.copytree(root, tmp_path/"own"))
 
 def official(monkeypatch, name, root):
     "Make the generated set's own counts the official ones."
-    from penaltyanon.data.check import Facts, find
-    counts = find(name, root).counts
-    for key, facts in FACTS.items(): monkeypatch.setitem(FACTS, key, Facts(facts.title, {k: counts[k] for k in facts.counts if k in counts}, facts.get, facts.terms))
+    from penaltyanon.data.check import DatasetFacts, read_contents
+    counts = read_contents(name, root).counts
+    for key, facts in DATASET_FACTS.items(): monkeypatch.setitem(DATASET_FACTS, key, DatasetFacts(facts.title, {k: counts[k] for k in facts.counts if k in counts}, facts.get, facts.terms))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -37,7 +37,7 @@ def test_complete_when_all_counts_are_met(root, name, monkeypatch):
     official(monkeypatch, name, root/SPECS[name])
     whole = check_data(name, root/SPECS[name])
     assert whole.complete and "NOT" not in whole.text and "differs" not in whole.text, whole.text
-    for facts in facts_of(name): assert facts.terms.split(";")[0][:20] in whole.text
+    for facts in dataset_facts(name): assert facts.terms.split(";")[0][:20] in whole.text
     assert len(whole.text.splitlines()) < 70 and max(map(len, whole.text.splitlines()[1:])) <= 120               # one page
 
 

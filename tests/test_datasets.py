@@ -12,7 +12,7 @@ from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.data.datasets import ClipDataset, FrameDataset
 from penaltyanon.data.records import Record, VP_ATTRIBUTES, attributes_at, index_files, read_labels
 from penaltyanon.data.sources import (SOURCES, VISPR1, VISPR2, attribute_images, data_manifest, hmdb51, open_data,
-                                      pa_hmdb51, split_holdout, twin, ucf101, vispr)
+                                      pa_hmdb51, split_holdout, oracle_collection, ucf101, vispr)
 from penaltyanon.data.layouts import HMDB_CLASSES, TITLES, write_layouts
 from penaltyanon.data.video import read_frames, sample_indices, write_video
 
@@ -216,9 +216,9 @@ def test_columns_of_attribute_images(official):
 
 def test_twins():
     for world in "", "-b":
-        assert twin(f"puppets{world}:/d:e") == f"puppets{world}-oracle:/d:e" and twin(f"puppets{world}-images:~/d") == f"puppets{world}-oracle-images:~/d"
-    assert {twin(f"{n}:x").partition(":")[0] for n in SOURCES if n.startswith("puppets") and "oracle" not in n} < set(SOURCES)
-    for spec in "ucf101:d", "puppets-oracle:d", "puppets-c:d", "puppets", "puppets:", "images@a:d": refuse(lambda: twin(spec), "no neutral twin", UsageError)
+        assert oracle_collection(f"puppets{world}:/d:e") == f"puppets{world}-oracle:/d:e" and oracle_collection(f"puppets{world}-images:~/d") == f"puppets{world}-oracle-images:~/d"
+    assert {oracle_collection(f"{n}:x").partition(":")[0] for n in SOURCES if n.startswith("puppets") and "oracle" not in n} < set(SOURCES)
+    for spec in "ucf101:d", "puppets-oracle:d", "puppets-c:d", "puppets", "puppets:", "images@a:d": refuse(lambda: oracle_collection(spec), "no neutral twin", UsageError)
 
 
 # ---- damage
@@ -233,13 +233,13 @@ def test_damaged_files_are_left_out_by_name(own):
 
 def test_files_are_decoded_once_and_again_when_they_change(own, monkeypatch):
     names, seen = ["Jump/v_Jump_g01_c01.avi", "Walk/v_Walk_g01_c01.avi"], []
-    probe = records._probe
-    monkeypatch.setattr(records, "_probe", lambda p: (seen.append(p.name), probe(p))[1])
+    probe = records._probe_file
+    monkeypatch.setattr(records, "_probe_file", lambda p: (seen.append(p.name), probe(p))[1])
     assert index_files(own/"UCF-101", names) == index_files(own/"UCF-101", names) and len(seen) == 2
     write_video(own/"UCF-101"/names[0], torch.zeros(7, 3, 32, 32, dtype=torch.uint8))
     assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21} and len(seen) == 3
     for broken in "", "[]", "{\"Jump/v_Jump_g01_c01.avi\": 3}", "{\"Jump/v_Jump_g01_c01.avi\": []}":
-        records._store_file(own/"UCF-101", "index").write_text(broken)               # a spoiled index costs time, nothing else
+        records._cache_file(own/"UCF-101", "index").write_text(broken)               # a spoiled index costs time, nothing else
         assert index_files(own/"UCF-101", names)[0] == {names[0]: 7, names[1]: 21}
 
 
@@ -394,11 +394,11 @@ def test_test_items_are_evenly_spaced_centre_crops(ucf):
     item = ClipDataset([r], frames=4, skip=2, size=16, train=False, views=3)[0]
     assert item["clip"].shape == (3, 3, 4, 16, 16) and item["name"] == r.name and item["index"] == 0 and item["action"] == 0
     raw = read_frames(r.path, sample_indices(r.frames, 4, 2, view=2, views=3), 20)
-    assert torch.equal(item["clip"][2], transforms.test_clip(raw, 16, 0.8)) and item["attributes"].tolist() == list(r.attributes)
+    assert torch.equal(item["clip"][2], transforms.center_clip(raw, 16, 0.8)) and item["attributes"].tolist() == list(r.attributes)
     frames = FrameDataset([r], size=16, train=False, views=4)[0]["frame"]
     assert frames.shape == (4, 3, 16, 16) and FrameDataset([r], size=16, train=False)[0]["frame"].shape == (3, 16, 16)
     want = read_frames(r.path, [int((v + 0.5) * r.frames / 4) for v in range(4)], 20)
-    assert torch.equal(frames, transforms.test_clip(want, 16, 0.8).transpose(0, 1))
+    assert torch.equal(frames, transforms.center_clip(want, 16, 0.8).transpose(0, 1))
 
 
 def test_flip_can_be_switched_off(tmp_path):
@@ -410,9 +410,9 @@ def test_flip_can_be_switched_off(tmp_path):
 
 def test_memory_is_bounded(ucf, monkeypatch):
     c = ucf101(ucf); store = datasets.FrameStore(3 * 24 * 3 * 20 * 30)       # room for three or so
-    monkeypatch.setattr(datasets, "STORE", store)
+    monkeypatch.setattr(datasets, "FRAME_STORE", store)
     with pytest.warns(UserWarning, match="do not fit in"): data = ClipDataset(c.train, frames=4, size=16, cache=True, seed=3)
-    assert 0 < store.used <= store.limit and 0 < len(store.kept) < 12
+    assert 0 < store.used <= store.limit and 0 < len(store.decoded) < 12
     assert torch.equal(epoch(data), epoch(ClipDataset(c.train, frames=4, size=16, seed=3)))
 
 
@@ -520,8 +520,8 @@ def test_real_faces():
 @real
 def test_real_vispr_labels(tmp_path):
     "The official labels of 22,167 photos, on stand-in images for a few of them."
-    found = sources._vispr_labels(SHARED/"vispr-annotations")
-    known = sources._vispr_vocabulary(SHARED/"vispr-annotations", found)
+    found = sources._read_vispr_labels(SHARED/"vispr-annotations")
+    known = sources._vispr_attribute_names(SHARED/"vispr-annotations", found)
     assert len(found) == 22167 and len(known) == 67 and set(VISPR1 + sources.VISPR2) <= set(known)
     assert [sum(s == p for s, _ in found.values()) for p in ("train2017", "val2017", "test2017")] == [10000, 4167, 8000]
     refuse(lambda: vispr(SHARED/"vispr-annotations"), "18000 labelled images are missing")
@@ -538,7 +538,7 @@ def test_real_vispr_matrices(tmp_path, monkeypatch):
     either = {"skin_color": {"a17_color"}, "face": {"a9_face_complete", "a10_face_partial"}, "gender": {"a4_gender"}, "nudity": {"a12_semi_nudity"},
               "relationship": {"a64_rel_personal", "a65_rel_social"}}
     for asked, columns in (VISPR1, [{a} for a in VISPR1]), (VISPR2, [{a} for a in VISPR2]), (sources.VISPR_PA, list(either.values())):
-        names, items = sources._vispr_rows(tmp_path, asked)
+        names, items = sources._read_vispr_rows(tmp_path, asked)
         want = {i: (part, tuple(float(not x.isdisjoint(labels)) for x in columns)) for i, (part, labels) in rows.items()}
         assert names == tuple(asked) and {Path(f).stem: (f"{part}2017", v) for f, part, v in items} == want and len(items) == 22167
         assert all(0.001 < rate < 0.9 for rate in np.mean([v for *_, v in items], 0))

@@ -6,7 +6,7 @@ from penaltyanon.evaluate import attackers as ev
 from penaltyanon.nets.anonymizers import Identity
 from penaltyanon.core.machine import seed_everything
 from penaltyanon.core.settings import resolve
-from penaltyanon.evaluate.intervals import accuracies, counts, interval
+from penaltyanon.evaluate.intervals import accuracies, resample_counts, percentile_interval
 from penaltyanon.train.losses import attribute_loss
 from penaltyanon.nets.recognizers import PRIVACY_MODELS, build_model
 
@@ -36,7 +36,7 @@ def test_the_bootstrap_covers_about_95_percent():
     rng, inside = np.random.default_rng(0), 0
     for k in range(200):
         hits = rng.random(100) < 0.7
-        low, high = interval(accuracies(np.eye(2)[hits.astype(int)], np.ones(100, int), counts(100, 300, seed=k)))
+        low, high = percentile_interval(accuracies(np.eye(2)[hits.astype(int)], np.ones(100, int), resample_counts(100, 300, seed=k)))
         inside += low <= 70 <= high
     assert 180 <= inside <= 199
 
@@ -59,11 +59,11 @@ class Grey(torch.nn.Module):
 @pytest.mark.parametrize("f_A, sees", [(Identity(), True), (Grey(), False)])
 def test_an_attacker_finds_what_is_there_and_nothing_else(f_A, sees):
     seed_everything(0)
-    train, test = (ev.release_data(f_A, Frames(n, k), S, CPU, epochs=e, progress=False) for n, k, e in ((64, 0, 2), (100, 1, 1)))
+    train, test = (ev.anonymize_dataset(f_A, Frames(n, k), S, CPU, epochs=e, progress=False) for n, k, e in ((64, 0, 2), (100, 1, 1)))
     assert train.x.shape == (64, 2, 3, 16, 16) and train.x.dtype == torch.uint8
     net = build_model("r2d_small", 1, PRIVACY_MODELS)
-    net = ev.fit(net, train.x, train.attributes, torch.arange(64) % 8 == 0, attribute_loss, 6, 3e-3, S, CPU, progress=False)
-    scores = ev.privacy_scores(ev.predict(net, test.x, S, CPU).mean(1).numpy(), test.attributes.numpy(), ("bright",))
+    net = ev.fit_attacker(net, train.x, train.attributes, torch.arange(64) % 8 == 0, attribute_loss, 6, 3e-3, S, CPU, progress=False)
+    scores = ev.privacy_scores(ev.predict_logits(net, test.x, S, CPU).mean(1).numpy(), test.attributes.numpy(), ("bright",))
     assert (scores["bright"]["ap"] > 95) if sees else (scores["bright"]["ap"] < scores["bright"]["base"] + 1)
 
 
@@ -71,7 +71,7 @@ def test_released_values_are_those_of_the_anonymizer():
     class Half(torch.nn.Module):
         def forward(self, x): return x / 2
     data = Frames(5, 0)
-    r = ev.release_data(Half(), data, S, CPU, progress=False)
+    r = ev.anonymize_dataset(Half(), data, S, CPU, progress=False)
     x = torch.stack([data[i]["frame"] for i in range(5)])
     assert (r.x[:, 0].float() / 255 - x / 2).abs().max() <= 0.5 / 255 + 1e-6
     assert r.rms["pixel"] == pytest.approx((x / 2).square().mean((1, 2, 3)).sqrt().mean().item(), rel=1e-4)
@@ -80,9 +80,9 @@ def test_released_values_are_those_of_the_anonymizer():
 def test_the_epoch_is_chosen_on_held_out_training_data():
     "The kept weights are those of the epoch with the lowest held-out loss, which need not be the last."
     seed_everything(0)
-    r, rows = ev.release_data(Identity(), Frames(32, 0), S, CPU, progress=False), []
+    r, rows = ev.anonymize_dataset(Identity(), Frames(32, 0), S, CPU, progress=False), []
     noise = torch.rand(32, 1).round()
     held = torch.arange(32) % 4 == 0
-    net = ev.fit(build_model("r2d_small", 1, PRIVACY_MODELS), r.x, noise, held, attribute_loss, 8, 1e-2, S, CPU, rows.append, progress=False)
-    kept = float(attribute_loss(ev.predict(net, r.x[held], S, CPU).mean(1), noise[held]))
+    net = ev.fit_attacker(build_model("r2d_small", 1, PRIVACY_MODELS), r.x, noise, held, attribute_loss, 8, 1e-2, S, CPU, rows.append, progress=False)
+    kept = float(attribute_loss(ev.predict_logits(net, r.x[held], S, CPU).mean(1), noise[held]))
     assert kept == pytest.approx(min(r["held_loss"] for r in rows), rel=1e-3)

@@ -6,8 +6,8 @@ from penaltyanon.edge import export
 from penaltyanon.nets.anonymizers import UNet, UNetPP, freeze_batchnorm, load_anonymizer, save_anonymizer
 from penaltyanon.cli import main
 from penaltyanon.core.files import UsageError, UserError
-from penaltyanon.train.distill import distill, endless_frames, fidelity, imitate, sample_frames
-from penaltyanon.edge.export import difference, export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
+from penaltyanon.train.distill import distill, endless_frames, fidelity, train_student, sample_frames
+from penaltyanon.edge.export import frame_difference, export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
 from penaltyanon.nets.student import TinyNet
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def test_a_file_answers_as_pytorch_does(name, tmp_path):
         frames = np.random.default_rng(h).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
         out = run(frames)
         assert out.dtype == np.uint8 and out.shape == frames.shape
-        assert difference(out, reference(frames))["max"] <= 1, (n, h, w)
+        assert frame_difference(out, reference(frames))["max"] <= 1, (n, h, w)
 
 
 def test_a_frame_does_not_depend_on_its_neighbours(file):
@@ -61,7 +61,7 @@ def test_int8_is_close_and_says_how_close(model, tmp_path):
     frames = probe_frames(6, 64, 64)
     card = export_onnx(model, tmp_path/"a.onnx", "int8", frames=frames)
     run, reference = onnx_anonymizer(tmp_path/"a.onnx", threads=1), torch_anonymizer(load_anonymizer(model)[0])
-    again = difference(np.concatenate([run(f[None]) for f in frames]), reference(frames))
+    again = frame_difference(np.concatenate([run(f[None]) for f in frames]), reference(frames))
     assert card["precision"] == run.card["precision"] == "int8" and 0 < again["mean"] < 3
     assert again["max"] <= card["difference"]["max"]
     export_onnx(model, tmp_path/"fp32.onnx", frames=frames)
@@ -108,8 +108,8 @@ def test_a_file_without_card_is_refused(file, tmp_path):
 
 
 def test_a_sealed_file_that_is_no_network_is_refused(tmp_path):
-    from penaltyanon.edge.export import _BLANK, _sealed
-    refused(_sealed(b'text {"file_sha256": "%s"}' % _BLANK.encode()), tmp_path/"text.onnx", "onnxruntime cannot run it")
+    from penaltyanon.edge.export import _NO_CHECKSUM, _with_checksum
+    refused(_with_checksum(b'text {"file_sha256": "%s"}' % _NO_CHECKSUM.encode()), tmp_path/"text.onnx", "onnxruntime cannot run it")
 
 
 def test_wrong_frames_are_one_line(file):
@@ -146,7 +146,7 @@ def test_what_is_not_installed_is_named_with_its_extra(module, extra, model, tmp
 def test_a_student_learns_and_its_teacher_stays_as_it_was():
     teacher, student = moved((8, 8, 8)), TinyNet((8, 8, 8))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    losses = imitate(student, teacher, endless_frames("", 4, 32, 32), steps=60, progress=False)
+    losses = train_student(student, teacher, endless_frames("", 4, 32, 32), steps=60, progress=False)
     assert np.mean(losses[-10:]) < np.mean(losses[:5])/2
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
 

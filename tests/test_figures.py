@@ -24,8 +24,8 @@ def printed(path): return "".join("".join(o.get("text", "")) for c in read_json(
 
 
 def test_every_figure_is_drawn_and_says_n_and_seeds(page):
-    assert {p.stem for p in FIGURES} - {"story"} == {*report.FIGURES, *report.MORE}      # the story is a notebook to read, no part of the page
-    for name in report.FIGURES:
+    assert {p.stem for p in FIGURES} - {"story"} == {*report.MAIN_FIGURES, *report.EXTRA_FIGURES}      # the story is a notebook to read, no part of the page
+    for name in report.MAIN_FIGURES:
         caption = (page/"_figures"/f"{name}.caption.txt").read_text()
         assert "n = 160 test clips, 300 test images" in caption and "2 seeds" in caption
         assert (page/"_figures"/f"{name}.{'html' if name.startswith('table') else 'png'}").stat().st_size > 2000
@@ -33,7 +33,7 @@ def test_every_figure_is_drawn_and_says_n_and_seeds(page):
 
 
 def test_holes_are_named_in_every_figure_notebook_and_on_the_page(page):
-    for name in report.FIGURES:
+    for name in report.MAIN_FIGURES:
         said = printed(page/"_figures"/f"{name}.ipynb")
         assert "B = 0.5: seed 1 missing" in said and "begun, not finished" in said, name
     html = (page/"report.html").read_text()
@@ -63,13 +63,13 @@ def test_runs_without_frames_or_attributes_still_make_a_page(tmp_path):
     for f in tmp_path.rglob("frames.npz"): f.unlink()
     html = report.write_report(tmp_path/"SYNTHETIC").read_text()
     assert "real people are not shown" in html and html.count("data:image/png;base64") == 3 and "More frames" not in html
-    table = report.table(report.load_results(tmp_path/"SYNTHETIC"))
+    table = report.results_table(report.load_results(tmp_path/"SYNTHETIC"))
     assert table.loc["B = 0.3", "cMAP % ↓ action frames"] == "–"
 
 
 def test_one_seed_has_no_spread_and_several_have(tmp_path):
-    one = report.table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC1", seeds=(0,))))
-    two = report.table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC2", seeds=(0, 1))))
+    one = report.results_table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC1", seeds=(0,))))
+    two = report.results_table(report.load_results(fake_sweep(tmp_path/"SYNTHETIC2", seeds=(0, 1))))
     assert "±" not in one.loc["B = 0.9", "Top-1 % ↑"] and "±" in two.loc["B = 0.9", "Top-1 % ↑"]
 
 

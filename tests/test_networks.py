@@ -14,7 +14,7 @@ from penaltyanon.nets.clipnets import I3D
 from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.nets.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
 from penaltyanon.core.files import file_hash
-from penaltyanon.nets.weights import load_trunk, matched
+from penaltyanon.nets.weights import load_trunk, match_tensors
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def library_state(name):
 def test_the_librarys_names_are_understood(kind, name):
     given = library_state(name)
     with torch.device("meta"): net = (ACTION_MODELS if kind == "kinetics400" else PRIVACY_MODELS)[name](400 if kind == "kinetics400" else 1000)
-    own, pairs = net.state_dict(), matched(net, given)
+    own, pairs = net.state_dict(), match_tensors(net, given)
     assert pairs.keys() == own.keys() and {k for k, _ in pairs.values()} == given.keys()
     assert all(v.shape[:own[k].ndim] == own[k].shape for k, (_, v) in pairs.items())
 

@@ -32,13 +32,13 @@ def test_library_notebook(path, processes, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def swept(tmp_path_factory, work):
+def swept(tmp_path_factory, run_job_steps):
     "A sweep on the smoke preset: every control and two values of B, each job the run notebooks and a protocol's attacks; B = 0.7 through papermill."
     lab = tmp_path_factory.mktemp("smoke")
-    cells = grid.grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    cells = grid.expand_grid("smoke", B=(0.3, 0.7), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
     grid.prepare_data(cells[0])
     cells.sort(key=lambda s: s.B != 0.7)                        # the longest way first
-    jobs.raise_failed(jobs.run_jobs(cells, lab/"runs", unit=lambda job: (jobs.work if job.settings.B == 0.7 else work)(job), **asked(lab)))
+    jobs.raise_failed(jobs.run_jobs(cells, lab/"runs", run_steps=lambda job: (jobs.run_job_steps if job.settings.B == 0.7 else run_job_steps)(job), **asked(lab)))
     return lab/"runs"
 
 
@@ -48,13 +48,13 @@ def asked(lab):
 
 
 def test_a_sweep_runs_every_run_notebook(swept):
-    assert {f"runs/{p.stem}" for p in RUNS} == {*jobs.STAGES, "runs/attack"}
+    assert {f"runs/{p.stem}" for p in RUNS} == {*jobs.RUN_NOTEBOOKS, "runs/attack"}
     runs = finished_runs(swept)
     assert {r.results["label"] for r in runs} == {"raw", "oracle", "λ = 0", "B = 0.3", "B = 0.7"}
     for r in runs:
         through_papermill = r.settings.B == 0.7
         assert {"params.yaml", "env.json", "data.json", "metrics.jsonl", "results.json"} <= {p.name for p in r.path.iterdir()}
-        assert all((r/f"{Path(n).stem}.ipynb").is_file() == through_papermill for n in jobs.STAGES)
+        assert all((r/f"{Path(n).stem}.ipynb").is_file() == through_papermill for n in jobs.RUN_NOTEBOOKS)
         answers = {"raw-attacker.json", "raw-attacker.npz", "raw-attacker-frames.json", "raw-attacker-frames.npz", "metrics.jsonl"}
         assert {t.name for t in (r/"tests").iterdir()} == answers | ({"table6-pretrained-attacker.ipynb"} if through_papermill else set())
 
@@ -65,14 +65,14 @@ def test_what_was_asked_is_what_was_done(swept):
     assert read_yaml(done/"params.yaml")["B"] == 0.7
     assert done.results["B"] == 0.7 and done.results["trainer"]["B"] == 0.7
     assert "-B0.7-" in done.path.name
-    for n in jobs.STAGES: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
+    for n in jobs.RUN_NOTEBOOKS: assert read_json(done/f"{Path(n).stem}.ipynb")["metadata"]["papermill"]["parameters"]["B"] == 0.7
     assert {read_json(t)["B"] for t in (done/"tests").glob("*.json")} == {0.7}
 
 
-def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swept, follow, tmp_path):
+def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swept, run_notebook_steps, tmp_path):
     "A sweep leaves it out; a reader may open it."
     s = next(r.settings for r in finished_runs(swept) if r.settings.method == "oracle")
-    for _ in follow("runs/train_anonymizer", grid.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
+    for _ in run_notebook_steps("runs/train_anonymizer", grid.run_parameters(s, tmp_path), tmp_path/"oracle.ipynb"): time.sleep(0.05)
     run, = tmp_path.glob("oracle-*")
     assert (run/"data.json").exists() and not (run/"anonymizer.safetensors").exists() and not read_rows(run/"metrics.jsonl")
 
@@ -85,9 +85,9 @@ def test_a_second_sweep_redoes_nothing(swept):
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=name)
-def test_figure_notebook(path, swept, tmp_path, follow):
+def test_figure_notebook(path, swept, tmp_path, run_notebook_steps):
     "Figures are drawn from finished runs alone (test_figures draws those of the report through papermill)."
-    for _ in follow(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/path.name): time.sleep(0.05)
+    for _ in run_notebook_steps(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/path.name): time.sleep(0.05)
     drawn = [p for p in (tmp_path/"out").iterdir() if p.stem.startswith(path.stem) and p.suffix in (".png", ".html")]
     assert drawn and all(p.stat().st_size > 1000 for p in drawn), "nothing was drawn"
 

@@ -4,8 +4,8 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from penaltyanon.nets.anonymizers import anonymize_clip
 from penaltyanon.core.files import UsageError, UserError
-from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, boxes, by_frame,
-                                          difference_mask, downsample, kernel_at, onnx_regions, open_obfuscation,
+from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, box_regions, detector_regions,
+                                          difference_mask, downsample, scale_kernel, onnx_regions, open_obfuscation,
                                           open_regions, people, pixelate, whole_frame)
 from penaltyanon.data.video import read_frames, write_video
 from penaltyanon.data.puppets import draw_clip, draw_scene
@@ -41,7 +41,7 @@ def test_same_shape_in_range_and_the_same_every_time(name, h, w, n, seed):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frame_does_not_depend_on_its_neighbours(name):
     "So a video is causal, and a batch gives what single frames give."
-    clip, f = torch.rand(1, 3, 5, 33, 47), OBFUSCATIONS[name](by_frame(lambda f: [(0, 0, 20, 20)] if f[0, 0, 0] > .5 else []))
+    clip, f = torch.rand(1, 3, 5, 33, 47), OBFUSCATIONS[name](detector_regions(lambda f: [(0, 0, 20, 20)] if f[0, 0, 0] > .5 else []))
     out = anonymize_clip(f, clip)
     for t in range(5): assert torch.allclose(out[:, :, t], f(clip[:, :, t]), atol=1e-6)
     later = clip.clone(); later[:, :, 3:] = 0
@@ -101,7 +101,7 @@ def test_no_small_frame_slips_through(name):
 @fast
 @given(st.integers(1, 700), st.sampled_from([(21, 10.), (13, 10.), (3, 1.)]))
 def test_a_kernel_grows_with_the_frame_and_keeps_its_form(short, kernel_sigma):
-    (k, s), (k0, s0) = kernel_at(short, *kernel_sigma), kernel_sigma
+    (k, s), (k0, s0) = scale_kernel(short, *kernel_sigma), kernel_sigma
     assert k % 2 == 1 and (k - 1) / 2 / short >= (k0 - 1) / 2 / 112        # never weaker than at 112
     assert k // 2 < k0 // 2 * short / 112 + 1                                    # and not a whole pixel stronger
     assert math.isclose(s / (k // 2), s0 / (k0 // 2))
@@ -111,7 +111,7 @@ def test_a_kernel_grows_with_the_frame_and_keeps_its_form(short, kernel_sigma):
 @fast
 @given(size, size, st.integers(0, 999))
 def test_blurred_neighbours_differ_by_the_middle_weight_at_most(name, k, h, w, seed):
-    x, (k, s) = frames(seed, 1, h, w), kernel_at(min(h, w), k, 10)
+    x, (k, s) = frames(seed, 1, h, w), scale_kernel(min(h, w), k, 10)
     middle = 1 / sum(math.exp(-.5 * (i / s) ** 2) for i in range(-(k // 2), k // 2 + 1))
     assert step(OPERATIONS[name](x)) <= middle * contrast(x) + 1e-5
 
@@ -143,7 +143,7 @@ def test_a_mosaic_has_one_colour_in_each_cell_and_no_more_cells_than_it_says(h, 
 @fast
 @given(st.sampled_from(NAMES), size, size, st.lists(st.tuples(*[st.floats(-20, 110)] * 4), max_size=3), st.integers(0, 999))
 def test_outside_the_boxes_no_bit_changes_and_inside_all_is_the_operations(name, h, w, found, seed):
-    x, f = frames(seed, 2, h, w), OBFUSCATIONS[name](boxes(*found))
+    x, f = frames(seed, 2, h, w), OBFUSCATIONS[name](box_regions(*found))
     inside, y, whole = box_mask(found, h, w), f(x), OPERATIONS[name](x).clamp(0, 1)
     if not inside.any(): inside = torch.ones_like(inside)
     inside = inside.expand(2, 3, h, w)
@@ -167,7 +167,7 @@ def raises(error):
     return finder
 
 
-@pytest.mark.parametrize("finder", [boxes(), boxes((999, 999, 1000, 1000)), boxes((9, 9, 2, 2)), boxes((0, math.nan, 1, 1)), boxes((0, 0, math.inf, 9)),
+@pytest.mark.parametrize("finder", [box_regions(), box_regions((999, 999, 1000, 1000)), box_regions((9, 9, 2, 2)), box_regions((0, math.nan, 1, 1)), box_regions((0, 0, math.inf, 9)),
     raises(RuntimeError("x")), raises(UserError("x")), raises(AssertionError()), lambda x: None, lambda x: torch.ones(1, 1, 2, 2, dtype=torch.bool),
     lambda x: torch.ones(len(x), 1, *x.shape[-2:]), lambda x: torch.zeros_like(x[:, :1], dtype=torch.bool)])
 @pytest.mark.parametrize("name", CHANGING)
@@ -194,7 +194,7 @@ def test_running_out_of_memory_is_the_callers_business(error):
 
 
 def test_an_operation_of_ones_own():
-    f = Obfuscation("negative", boxes((0, 0, 2, 2)), operation=lambda x: 1 - x)
+    f = Obfuscation("negative", box_regions((0, 0, 2, 2)), operation=lambda x: 1 - x)
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(f(x)[..., :2, :2], 1 - x[..., :2, :2]) and torch.equal(f(x)[..., 2:], x[..., 2:])
 

@@ -24,9 +24,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def releases(root):
     "One set of released data serves all attacks, as in a sweep"
-    data = pr.data_of("official", root)
+    data = pr.protocol_data("official", root)
     s = resolve("smoke", precision="fp32", bootstrap=20, action_data=data["ucf101"], privacy_data=data["vispr1"])
-    return attacks.Releases(Identity(), s, data, progress=False)
+    return attacks.AnonymizedCache(Identity(), s, data, progress=False)
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS.keys() - PRETRAINED))
@@ -62,7 +62,7 @@ def test_pahmdb_is_never_learned_from(releases):
 def test_raw_data_reach_only_the_attackers_training(releases):
     class Grey(torch.nn.Module):
         def forward(self, x): return torch.full_like(x, 0.5)
-    r = attacks.Releases(Grey(), releases.s, releases.data, progress=False)
+    r = attacks.AnonymizedCache(Grey(), releases.s, releases.data, progress=False)
     assert r.part("vispr1", True, False, raw=True).x.float().std() > 1
     assert r.part("vispr1", False, False).x.float().std() < 1
     found, _ = attacks.run_attack(ATTACKS["raw-attacker"], r)
@@ -74,9 +74,9 @@ def collection(name, classes=("a", "b"), attributes=("x",)):
 
 
 def test_sets_that_do_not_fit_together_are_refused():
-    with pytest.raises(UsageError, match="no attribute in common"): attacks.in_common(collection("one"), collection("two", attributes=("y",)))
-    with pytest.raises(UsageError, match="other classes"): attacks.same_classes(collection("one"), collection("two", classes=("b", "a")))
-    assert attacks.in_common(collection("one", attributes=("p", "q", "r")), collection("two", attributes=("r", "p"))) == (("p", "r"), [0, 2], [1, 0])
+    with pytest.raises(UsageError, match="no attribute in common"): attacks.shared_attributes(collection("one"), collection("two", attributes=("y",)))
+    with pytest.raises(UsageError, match="other classes"): attacks.check_same_classes(collection("one"), collection("two", classes=("b", "a")))
+    assert attacks.shared_attributes(collection("one", attributes=("p", "q", "r")), collection("two", attributes=("r", "p"))) == (("p", "r"), [0, 2], [1, 0])
 
 
 def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):

@@ -68,11 +68,11 @@ def test_a_run_on_two_devices_and_killed_midway(lab):
     "One file of rows, one anonymizer; killed in the game, with all its processes, and started again it ends as the one that was not."
     lab, s = lab
     straight = RunFolder.create(lab/"straight", s)
-    f_A, record = trainer.train_on(straight, show=lambda line: None)
+    f_A, record = trainer.train_on_devices(straight, show=lambda line: None)
     rows = straight.metrics()
     assert [r["step"] for r in rows if r["stage"] == "minimax"] == list(range(1, 13)) and record["steps"] == 12
     killed = RunFolder.create(lab/"killed", s)
-    code = f"from penaltyanon.train import trainer; from penaltyanon.core.run_folder import RunFolder; trainer.train_on(RunFolder.open({str(killed.path)!r}))"
+    code = f"from penaltyanon.train import trainer; from penaltyanon.core.run_folder import RunFolder; trainer.train_on_devices(RunFolder.open({str(killed.path)!r}))"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     deadline = time.time() + 240
     while not any(r["stage"] == "minimax" and r["step"] >= 3 for r in killed.metrics()):
@@ -83,7 +83,7 @@ def test_a_run_on_two_devices_and_killed_midway(lab):
     while any(Path(f"/proc/{pid}").exists() for pid in started) and time.time() < deadline: time.sleep(0.1)
     assert len(started) >= 2 and not at_work(killed.path), "a process of the killed run is left"
     assert not (killed/"anonymizer.safetensors").exists()
-    trainer.train_on(killed, show=lambda line: None)
+    trainer.train_on_devices(killed, show=lambda line: None)
     assert timeless(killed.metrics()) == timeless(rows)
     a, b = (load_file(r/"anonymizer.safetensors") for r in (straight, killed))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -104,5 +104,5 @@ def test_a_rank_that_fails_ends_all_with_its_reason(lab):
     run = RunFolder.create(lab/"broken", replace(s, seed=1))
     (lab/"broken"/"_start").mkdir(parents=True)
     (lab/"broken"/"_start"/f"{start_key(run.settings)}.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="2 processes: .*damaged"): trainer.train_on(run, show=lambda line: None)
+    with pytest.raises(UserError, match="2 processes: .*damaged"): trainer.train_on_devices(run, show=lambda line: None)
     assert not at_work(run.path)

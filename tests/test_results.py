@@ -4,7 +4,7 @@ import pytest
 from conftest import FIGURES, ROOT
 from penaltyanon.core.files import read_json
 from penaltyanon.core.run_folder import finished_runs
-from penaltyanon.results.report import VALUES, load_results, summary
+from penaltyanon.results.report import INTERVAL_COLUMNS, load_results, summarize_runs
 
 SWEEPS = [p for p in sorted(ROOT.glob("runs/*")) if p.is_dir() and finished_runs(p)]
 name = lambda p: str(p.relative_to(ROOT))
@@ -26,14 +26,14 @@ def test_every_run_says_how_it_was_made(root):
 @pytest.mark.parametrize("root", SWEEPS, ids=name)
 def test_the_readme_tells_what_the_runs_hold(root):
     "In the section that names the folder; rows that share a label and differ in the weight are named with it."
-    readme, cells = (ROOT/"README.md").read_text(encoding="utf-8"), summary(load_results(root))
+    readme, cells = (ROOT/"README.md").read_text(encoding="utf-8"), summarize_runs(load_results(root))
     part = readme[readme.index(f"penaltyanon report {name(root)}"):].partition("\n### ")[0]
     several = cells.label[cells.label.duplicated()].unique()
     for _, r in cells.iterrows():
         label = f"{r.label}, λ = {r.lam:g}" if r.label in several else r.label
         rows = re.findall(rf"^\| {re.escape(label)} \|.*$", part, re.M)
         assert rows, f"README has no row for {label} of {name(root)}"
-        scores = [f"{r[v]:.1f} [{r[lo]:.1f}, {r[hi]:.1f}]" for v, (lo, hi) in VALUES.items()]
+        scores = [f"{r[v]:.1f} [{r[lo]:.1f}, {r[hi]:.1f}]" for v, (lo, hi) in INTERVAL_COLUMNS.items()]
         assert rows[0] == f"| {label} | {' | '.join(scores)} | {r.rms_clips:.2f} | {r.rms_images:.2f} | {r.seeds} |"
 
 
@@ -53,7 +53,7 @@ def test_the_readme_tells_what_further_attackers_found():
 
 @pytest.mark.parametrize("root", SWEEPS, ids=name)
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda p: p.stem)
-def test_figures_rebuild_from_a_clone(root, figure, tmp_path, follow):
+def test_figures_rebuild_from_a_clone(root, figure, tmp_path, run_notebook_steps):
     if figure.stem in ("fig2_frames", "story") and not list(root.rglob("frames.npz")): pytest.skip("no frames are kept here")
-    for _ in follow(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/figure.name): time.sleep(0.05)
+    for _ in run_notebook_steps(figure, dict(runs=str(root), out=str(tmp_path)), tmp_path/figure.name): time.sleep(0.05)
     assert list(tmp_path.glob(f"{figure.stem}.*"))

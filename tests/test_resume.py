@@ -8,7 +8,7 @@ from penaltyanon.sweep import grid
 from penaltyanon.train import batches, minimax
 from penaltyanon.core import checkpoints, settings
 from penaltyanon.nets.anonymizers import UNet, freeze_batchnorm
-from penaltyanon.core.checkpoints import Keeper, unpack
+from penaltyanon.core.checkpoints import Checkpointer, read_checkpoint
 from penaltyanon.core.files import UserError, read_json, read_rows
 from penaltyanon.core.machine import seed_everything
 from penaltyanon.core.run_folder import RunFolder
@@ -51,9 +51,9 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def straight(lab, complete):
+def straight(lab, finish_attempt):
     lab, log, cell = lab
-    complete(cell(), lab/"straight", log)
+    finish_attempt(cell(), lab/"straight", log)
     return whole(lab/"straight", cell())
 
 
@@ -66,7 +66,7 @@ def stage_of(run, start):
 STAGES = ["identity", "warmup", "minimax", "eval-action", "eval-privacy-images", "eval-privacy-frames"]
 
 
-def test_killed_at_twenty_moments(lab, straight, begin, complete):
+def test_killed_at_twenty_moments(lab, straight, start_attempt, finish_attempt):
     "Every stage is hit, at random steps of it and a random moment after."
     lab, log, cell = lab
     s, root, draw, hit = cell(), lab/"killed", random.Random(0), Counter()
@@ -74,7 +74,7 @@ def test_killed_at_twenty_moments(lab, straight, begin, complete):
     plan = [(stage, step) for stage, last in zip(STAGES, (7, 5, 7, 1, 1, 1)) for step in sorted(draw.sample(range(1, last + 1), min(6, last)))]
     for stage, step in plan:
         seen, deadline = ("", 0), time.time() + 120
-        p = begin(s, root, log)
+        p = start_attempt(s, root, log)
         while seen[0] != stage or seen[1] < step:
             seen = stage_of(run, start)
             assert time.time() < deadline and STAGES.index(seen[0] or "identity") <= STAGES.index(stage), f"{stage} was missed: {seen}"
@@ -85,7 +85,7 @@ def test_killed_at_twenty_moments(lab, straight, begin, complete):
         kept = read_rows(run/"metrics.jsonl")[:-2]
         if p.exitcode == -signal.SIGKILL: hit[stage] += 1
         else: assert (run/"DONE").exists(), log.read_text()[-2000:]
-    if not (run/"DONE").exists(): complete(s, root, log)
+    if not (run/"DONE").exists(): finish_attempt(s, root, log)
     assert_same(whole(root, s), straight)
     assert sum(hit.values()) >= len(plan) - 3 and len(hit) == len(STAGES), hit
     assert not (run/"checkpoints").exists() and len(read_json(run/"env.json")["resumed"]) > sum(hit.values()) - hit["identity"] - hit["warmup"]
@@ -93,40 +93,40 @@ def test_killed_at_twenty_moments(lab, straight, begin, complete):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_while_a_file_is_written(lab, straight, begin, complete, seed):
+def test_killed_while_a_file_is_written(lab, straight, start_attempt, finish_attempt, seed):
     lab, log, cell = lab
     s, root, draw, died = cell(), lab/f"torn{seed}", random.Random(seed), 0
     for _ in range(3):
-        p = begin(s, root, log, draw.randint(10, 60)); p.join()
+        p = start_attempt(s, root, log, draw.randint(10, 60)); p.join()
         died += p.exitcode == -signal.SIGKILL
         if (root/settings.run_name(s)/"DONE").exists(): break
-    else: complete(s, root, log)
+    else: finish_attempt(s, root, log)
     assert died >= 2
     assert_same(whole(root, s), straight)
 
 
-def test_rows_of_the_start_are_part_of_every_run(lab, straight, complete):
+def test_rows_of_the_start_are_part_of_every_run(lab, straight, finish_attempt):
     "Identity and warm-up are done once for all runs that begin there; whoever did them, each run tells of them."
     lab, log, cell = lab
-    complete(other := cell(B=0.7), lab/"straight", log)
+    finish_attempt(other := cell(B=0.7), lab/"straight", log)
     beginning = lambda rows: [r for r in rows if r["stage"] in ("identity", "warmup")]
     assert beginning(whole(lab/"straight", other)["rows"]) == beginning(straight["rows"]) != []
 
 
-def test_workers_change_nothing(lab, straight, complete):
+def test_workers_change_nothing(lab, straight, finish_attempt):
     lab, log, cell = lab
-    complete(s := cell(workers=2), lab/"workers", log)
+    finish_attempt(s := cell(workers=2), lab/"workers", log)
     assert_same(whole(lab/"workers", s), straight)
 
 
 @pytest.mark.parametrize("change", ["vanished", "other bytes", "other label"])
-def test_data_that_changed_are_noticed(lab, begin, change):
+def test_data_that_changed_are_noticed(lab, start_attempt, change):
     "A run that was interrupted goes on with its own data or not at all."
     lab, log, cell = lab
     s, root = cell(steps=13, seed=5), lab/"changed"
     path = root/settings.run_name(s)
     if not path.exists():
-        p = begin(s, root, log, 60); p.join(); assert p.exitcode == -signal.SIGKILL
+        p = start_attempt(s, root, log, 60); p.join(); assert p.exitcode == -signal.SIGKILL
     clip = sorted((lab/"data"/"UCF-101").rglob("*.avi"))[0]
     labels = next(f for f in (lab/"data").iterdir() if f.suffix == ".csv")
     file = labels if change == "other label" else clip
@@ -135,7 +135,7 @@ def test_data_that_changed_are_noticed(lab, begin, change):
         if change == "vanished": file.unlink()
         elif change == "other bytes": file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         else: file.write_bytes(before.replace(b",0", b",1", 1))
-        log.write_text(""); p = begin(s, root, log); p.join()
+        log.write_text(""); p = start_attempt(s, root, log); p.join()
         assert p.exitcode == 1
         said = log.read_text().strip().splitlines()[-1]
         assert (clip.name if file == clip else "labels") in said and "Error" in said, said
@@ -145,15 +145,15 @@ def test_data_that_changed_are_noticed(lab, begin, change):
 # ---- the game alone, in this process: what else can go wrong
 def player(s, seed=0):
     seed_everything(seed)
-    return minimax.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
+    return minimax.make_networks(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def play(box, p=None, steps=6, **changes):
     s = resolve("smoke", precision="fp32", save_minutes=0.0, lr_anonymizer=1e-3, **changes)
     p = p or player(s)
     box.mkdir(exist_ok=True)
-    keep = Keeper(box/"train.ckpt", s)
-    minimax.minimax(p, batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
+    keep = Checkpointer(box/"train.ckpt", s)
+    minimax.minimax(p, batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
     return torch.cat([q.detach().flatten() for q in p.f_A.parameters()])
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch, weights, kind, at):
         m.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="cannot be written .*make room") as e: play(tmp_path/"k")
     assert "\n" not in str(e.value) and not list((tmp_path/"k").glob(".*"))
-    kept = unpack(tmp_path/"k"/"train.ckpt")["stage"]
+    kept = read_checkpoint(tmp_path/"k"/"train.ckpt")["stage"]
     assert kept == ("begin" if at == 2 else "minimax")
     assert torch.equal(play(tmp_path/"k", None if kept == "begin" else player(resolve("smoke"), seed=3)), weights)
 
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_costs_one_interval(tmp_path, weights, capsys):
 def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path):
     with pytest.raises(UserError, match=r"loss_\w+ became (NaN|infinite) at step \d.*checkpoint"): play(tmp_path/"k", lr_action=1e30, lr_privacy=1e30)
     for path in (tmp_path/"k").glob("train.ckpt*"):
-        parts = unpack(path)["state"].get("game", {})
+        parts = read_checkpoint(path)["state"].get("game", {})
         assert all(v.isfinite().all() for net in ("f_A", "f_B") for v in parts.get(net, {}).values() if v.is_floating_point())
 
 
@@ -216,7 +216,7 @@ def test_a_clip_that_vanishes_during_an_epoch_is_named(lab):
     records = open_data(f"puppets:{lab}/data", 1).train
     gone = Path(records[0].path).rename(records[0].path.with_suffix(".gone"))
     try:
-        stream = batches.endless(ClipDataset(records[:2], frames=4, size=16, train=True), 2, 0)
+        stream = batches.EndlessBatches(ClipDataset(records[:2], frames=4, size=16, train=True), 2, 0)
         with pytest.raises(UserError, match=records[0].path.name): next(stream)
     finally: gone.rename(records[0].path)
 

@@ -8,9 +8,9 @@ from penaltyanon.nets.anonymizers import load_anonymizer, save_anonymizer
 from penaltyanon.core.files import UserError, file_hash
 from penaltyanon.core.run_folder import RunFolder
 from penaltyanon.results.report import load_results
-from penaltyanon.evaluate.files import open_shipped
+from penaltyanon.evaluate.files import open_exported
 from penaltyanon.nets.student import TinyNet
-from penaltyanon.results.tables import measurements
+from penaltyanon.results.tables import load_measurements
 from conftest import BIN
 
 
@@ -24,13 +24,13 @@ def student(path, seed):
 def penaltyanon(*words, cwd): return subprocess.run([str(BIN/"penaltyanon"), *map(str, words)], capture_output=True, text=True, timeout=500, cwd=cwd)
 
 
-def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, monkeypatch):
+def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, run_job_steps, monkeypatch):
     student(tmp_path/"student.safetensors", 0)
     export.export_onnx(tmp_path/"student.safetensors", tmp_path/"int8.onnx", "int8", frames=export.probe_frames(8, 32, 32))
     monkeypatch.chdir(tmp_path)
-    cells = grid.grid("smoke", methods=("int8.onnx", "student.safetensors"))
+    cells = grid.expand_grid("smoke", methods=("int8.onnx", "student.safetensors"))
     grid.prepare_data(cells[0])
-    jobs.raise_failed(jobs.run_jobs(cells, Path("runs"), unit=work))
+    jobs.raise_failed(jobs.run_jobs(cells, Path("runs"), run_steps=run_job_steps))
     runs = {r.results["file"]["name"]: r for r in map(RunFolder.open, sorted(p.parent for p in tmp_path.glob("runs/*/DONE")))}
     assert set(runs) == {"int8.onnx", "student.safetensors"}
     for name, run in runs.items():
@@ -38,14 +38,14 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, work, 
         assert run.results["label"] == f"{name.split('.')[0]} {file_hash(tmp_path/name)[:6]}" and run.results["rms"]["clips"]["std"] > 0.05
         assert not (run/"anonymizer.safetensors").exists(), "nothing is copied that may not be"
     assert set(load_results(tmp_path/"runs").label) == {r.results["label"] for r in runs.values()}
-    assert measurements(tmp_path/"runs").networks.str.startswith("TinyNet").all()
+    assert load_measurements(tmp_path/"runs").networks.str.startswith("TinyNet").all()
 
     student(tmp_path/"student.safetensors", 1)              # the same name, another network
     later = penaltyanon("attack", "runs", "--protocol", "table6-pretrained-attacker", "--world", "puppets", "--tests", "raw-attacker", "--data-set",
                         "vispr1=puppets-images:data/puppets-smoke", "--retries", 0, cwd=tmp_path)
     assert later.returncode == 1 and "no longer the file this run was begun with" in later.stderr, later.stderr
     assert {r.path.name for r in runs.values() if (r/"tests"/"raw-attacker.json").exists()} == {runs["int8.onnx"].path.name}
-    again = grid.grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
+    again = grid.expand_grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
     assert again.anonymizer_weights.endswith(file_hash(tmp_path/"student.safetensors")[:12]) and again.anonymizer_weights not in [r.settings.anonymizer_weights for r in runs.values()]
 
 
@@ -68,6 +68,6 @@ def test_what_is_no_anonymizer_is_one_line(tmp_path, word, code, says):
 def test_any_size_and_the_answer_of_the_network(tmp_path, height, width):
     path = student(tmp_path/"student.safetensors", 2)
     x, net = torch.rand(3, 3, height, width), load_anonymizer(path)[0]
-    with torch.no_grad(): y, exact = open_shipped(f"{path}#{file_hash(path)[:12]}")[0](x), net(((255*x).round()/255)).clamp(0, 1)
+    with torch.no_grad(): y, exact = open_exported(f"{path}#{file_hash(path)[:12]}")[0](x), net(((255*x).round()/255)).clamp(0, 1)
     assert y.shape == x.shape and (y - exact).abs().max() <= 0.51/255
-    with pytest.raises(UserError, match="no longer the file"): open_shipped(f"{path}#{'f'*12}")
+    with pytest.raises(UserError, match="no longer the file"): open_exported(f"{path}#{'f'*12}")

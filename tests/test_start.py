@@ -11,8 +11,8 @@ def play(path, make: bool):
     "The weights after a short game that begins where the start was made, or from its file"
     s = resolve("smoke", precision="fp32", steps=3, identity_steps=8, warmup_steps=3, penalty="none")
     seed_everything(s.seed)
-    p = minimax.make_players(s, UNet((16,), 0.5), 3, CPU)
-    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
+    p = minimax.make_networks(s, UNet((16,), 0.5), 3, CPU)
+    streams = lambda: (batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0))
     if make:
         clips, views = streams()
         start.pretrain_identity(p.f_A, views, clips, s, CPU, progress=False)

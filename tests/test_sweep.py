@@ -36,7 +36,7 @@ if B != 0.1: run.finish({"B": B, "type": type(B).__name__})""")
 
 
 def test_run_notebooks_take_what_a_sweep_gives_and_nothing_else():
-    for name in jobs.STAGES:
+    for name in jobs.RUN_NOTEBOOKS:
         parameters = grid.run_parameters(resolve("smoke"), "runs/x")
         notebooks.check_parameters(notebooks.find_notebook(name), parameters)
         assert notebooks.notebook_parameters(notebooks.find_notebook(name)).keys() == parameters.keys()
@@ -45,14 +45,14 @@ def test_run_notebooks_take_what_a_sweep_gives_and_nothing_else():
 
 def test_an_unknown_parameter_stops_the_sweep_before_it_starts(tmp_path):
     poor = notebook(tmp_path/"poor.ipynb", "preset = 'smoke'")
-    with pytest.raises(UsageError, match="poor.ipynb has no parameter 'method'"): jobs.run_jobs(grid.grid("smoke"), tmp_path/"runs", notebooks=(poor,))
+    with pytest.raises(UsageError, match="poor.ipynb has no parameter 'method'"): jobs.run_jobs(grid.expand_grid("smoke"), tmp_path/"runs", notebooks=(poor,))
     assert not (tmp_path/"runs").exists()
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(B=(float("inf"),)), dict(steps=7, decoder=[16, 8, 8, 8], precision="bf16"), dict(penalty="hinge", lam=(0.1,), units="pixel", B=(0.05,))])
 @pytest.mark.parametrize("preset", ["smoke", "demo", "mini", "paper"])
 def test_settings_survive_the_way_through_a_parameters_cell(preset, changes):
-    for s in grid.grid(preset, **changes):
+    for s in grid.expand_grid(preset, **changes):
         p = grid.run_parameters(s, "r")
         back = resolve(p["preset"], **{k: p[k] for k in grid.NAMED}, **p["overrides"])
         assert back == s and run_name(back) == run_name(s)
@@ -60,7 +60,7 @@ def test_settings_survive_the_way_through_a_parameters_cell(preset, changes):
 
 
 def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(tmp_path, stage):
-    cells = grid.grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
+    cells = grid.expand_grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
     todo = jobs.run_jobs(cells, tmp_path/"runs", notebooks=(stage,), jobs=3, poll_s=0.1)
     forgot, good, bad = todo
     assert [j.state for j in todo] == ["failed", "done", "failed"]
@@ -77,11 +77,11 @@ def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(
 def test_training_is_not_repeated_when_only_the_evaluation_is_missing(tmp_path, monkeypatch, method, first):
     "And what shows nothing and learns nothing goes to its evaluation at once."
     seen = []
-    monkeypatch.setattr(jobs, "follow", lambda name, *a, **k: iter(seen.append(name) or ()))
+    monkeypatch.setattr(jobs, "run_notebook_steps", lambda name, *a, **k: iter(seen.append(name) or ()))
     job = jobs.Job(resolve("smoke", method=method), tmp_path)
     job.path.mkdir()
     for _ in range(2):
-        with pytest.raises(UserError, match="no DONE"): list(jobs.work(job))
+        with pytest.raises(UserError, match="no DONE"): list(jobs.run_job_steps(job))
         (job.path/"anonymizer.safetensors").touch()
     assert seen == first + ["runs/evaluate", "runs/evaluate"]
 
@@ -97,7 +97,7 @@ def test_a_notebook_that_hangs_at_the_start_is_started_again(tmp_path):
 def test_a_stopped_sweep_leaves_no_process_behind(tmp_path):
     pid = tmp_path/"pid"
     nb = notebook(tmp_path/"long.ipynb", "B = 0.3", f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
-    steps = notebooks.follow(nb, {}, tmp_path/"out.ipynb")
+    steps = notebooks.run_notebook_steps(nb, {}, tmp_path/"out.ipynb")
     while not pid.exists() or not pid.read_text(): next(steps); time.sleep(0.1)
     steps.close()
     kernel, began = int(pid.read_text()), time.time()
@@ -128,13 +128,13 @@ def test_threads_of_a_job_are_what_was_asked(tmp_path):
 @pytest.mark.parametrize("deaths, ends", [(1, "well"), (2, "badly")])
 def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, deaths, ends):
     "Two kernels that start at the same moment can take the same port; one of them dies."
-    started, launch = [], notebooks._launch
+    started, launch = [], notebooks._start_papermill
     def clash(source, output, parameters, log, threads, more):
         started.append(output)
         if len(started) > deaths: return launch(source, output, parameters, log, threads, more)
         log.write_text("RuntimeError: Kernel died before replying to kernel_info\n")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
-    monkeypatch.setattr(notebooks, "_launch", clash)
+    monkeypatch.setattr(notebooks, "_start_papermill", clash)
     book, out = notebook(tmp_path/"book.ipynb", "x = 1", "print(x)"), tmp_path/"out.ipynb"
     if ends == "well": assert notebooks.run_notebook(book, {"x": 2}, out).exists() and len(started) == 2
     else:
@@ -142,35 +142,35 @@ def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, dea
 
 
 # ---- retries, locks, GPUs, cancelling
-def units(plan):
+def planned_steps(plan):
     "A unit of work that ends as planned: one entry for each attempt, None = done"
-    def unit(job):
+    def run_steps(job):
         yield
         if (reason := plan.pop(0)): raise UserError(reason)
         (job.path/"DONE").parent.mkdir(parents=True, exist_ok=True); (job.path/"DONE").touch()
-    return unit
+    return run_steps
 
 
 @pytest.mark.parametrize("retries, plan, state, tries", [(0, ["x"], "failed", 1), (1, ["x", None], "done", 2), (2, ["x", "y", "z"], "failed", 3), (5, [None], "done", 1)])
 def test_a_failed_job_is_tried_as_often_as_asked(tmp_path, retries, plan, state, tries):
-    cell, = grid.grid("smoke", methods=("raw",))
-    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=units(plan), retries=retries, poll_s=0.01)
+    cell, = grid.expand_grid("smoke", methods=("raw",))
+    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), run_steps=planned_steps(plan), retries=retries, poll_s=0.01)
     assert (job.state, job.tries) == (state, tries) and not plan
-    assert read_json(jobs.note(job))["state"] == state and read_json(jobs.note(job))["tries"] == tries
+    assert read_json(jobs.job_file(job))["state"] == state and read_json(jobs.job_file(job))["tries"] == tries
 
 
 @pytest.mark.parametrize("per_gpu, at_once", [(1, 2), (2, 4), (9, 5)])
 def test_each_job_has_a_gpu_of_its_own_or_shares_it_as_asked(tmp_path, per_gpu, at_once):
     at_work, most = [], []
-    def unit(job):
+    def run_steps(job):
         assert job.gpu in ("0", "2") and at_work.count(job.gpu) < per_gpu
         at_work.append(job.gpu); most.append(len(at_work))
         assert len(at_work) < 2 or set(at_work) == {"0", "2"}, "one GPU is crowded and the other idle"
         yield; yield
         at_work.remove(job.gpu)
         job.path.mkdir(parents=True); (job.path/"DONE").touch()
-    cells = grid.grid("smoke", methods=("raw",), seeds=range(6))
-    assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs=5, notebooks=(), unit=unit, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
+    cells = grid.expand_grid("smoke", methods=("raw",), seeds=range(6))
+    assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs=5, notebooks=(), run_steps=run_steps, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
     assert max(most) == at_once
 
 
@@ -181,12 +181,12 @@ def test_gpus_are_what_the_environment_says(monkeypatch):
 
 
 def test_a_cancelled_job_stops_and_is_not_tried_again(tmp_path):
-    cell, = grid.grid("smoke", methods=("raw",))
-    def unit(job):
-        while True: jobs.note(job, ".cancel").touch(); yield
-    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=unit, retries=9, poll_s=0.01)
+    cell, = grid.expand_grid("smoke", methods=("raw",))
+    def run_steps(job):
+        while True: jobs.job_file(job, ".cancel").touch(); yield
+    job, = jobs.run_jobs([cell], tmp_path, notebooks=(), run_steps=run_steps, retries=9, poll_s=0.01)
     assert (job.state, job.reason, job.tries) == ("failed", "cancelled", 1)
-    again, = jobs.run_jobs([cell], tmp_path, notebooks=(), unit=units([None]), poll_s=0.01)
+    again, = jobs.run_jobs([cell], tmp_path, notebooks=(), run_steps=planned_steps([None]), poll_s=0.01)
     assert again.state == "done", "a new sweep begins without the old note"
 
 
@@ -211,11 +211,11 @@ if not Path({str(pid)!r}).exists():
     Path({str(pid)!r}).write_text(str(os.getpid()))
     time.sleep(600)
 run.finish(dict())""")
-    code = f"from penaltyanon.sweep import grid, jobs; jobs.run_jobs(grid.grid('smoke', methods=('raw',)), {str(tmp_path/'runs')!r}, notebooks=({str(nb)!r},))"
+    code = f"from penaltyanon.sweep import grid, jobs; jobs.run_jobs(grid.expand_grid('smoke', methods=('raw',)), {str(tmp_path/'runs')!r}, notebooks=({str(nb)!r},))"
     first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (pid.exists() and pid.read_text()) and time.time() < deadline: time.sleep(0.1)
     first.kill(); first.wait()
-    job, = jobs.run_jobs(grid.grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
+    job, = jobs.run_jobs(grid.expand_grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
     assert job.state == "done", job.reason                 # it waited until the old kernel let go of the folder
     assert not Path(f"/proc/{pid.read_text()}").exists() and [p.name for p in (job.path/"attempts").glob("*.ipynb")] == ["stage-1.ipynb"]

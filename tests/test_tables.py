@@ -33,7 +33,7 @@ def printed(number):
 
 
 @pytest.mark.skipif(TEXT is None, reason="the paper's text is not at hand (../shared/paper)")
-@pytest.mark.parametrize("name", paper.PRINTED)
+@pytest.mark.parametrize("name", paper.PRINTED_TABLES)
 def test_every_cell_is_what_the_paper_prints(name):
     theirs, ours = printed(re.match(r"table(\d)", name)[1]), paper.paper_table(name)
     assert [r for r, _ in theirs] == list(ours.row.unique())
@@ -48,10 +48,10 @@ def test_the_reader_of_the_text_reads():
 
 
 def test_the_slips_that_the_audit_names_are_found():
-    found = {(n, r.row, r.column) for n in paper.PRINTED for r in paper.slips(n).itertuples()}
+    found = {(n, r.row, r.column) for n in paper.PRINTED_TABLES for r in paper.misprinted_drops(n).itertuples()}
     assert {("table1_known", "B = 0.3", "UCF101 Top-1"), ("table1_known", "B = 0.9", "VPHMDB Top-1"), ("table1_known", "B = 0.9", "PA-HMDB F1"),
             ("table2_novel", "B = 0.5", "VPUCF cMAP"), ("table6_pretrained_attacker", "B = 0.3", "PA-HMDB F1")} <= found
-    notes = "".join(paper.footnotes("table1_known"))
+    notes = "".join(paper.table_footnotes("table1_known"))
     assert "I3D-R50" in notes and "exchanged" in notes and "19.93, is 15.93" in notes
 
 
@@ -109,12 +109,12 @@ def test_other_networks_get_their_columns(full):
 
 
 def test_notes_compare_where_both_kept_predictions(full):
-    m = tables.measurements(full)
-    notes = tables.differences("table1_known", m, repeats=200)
+    m = tables.load_measurements(full)
+    notes = tables.paired_differences("table1_known", m, repeats=200)
     assert notes.loc["B = 0.3", "UCF101 Top-1 % ↑"].startswith("worse by 5.0 [") and notes.loc["blur-weak", "UCF101 Top-1 % ↑"].endswith(", significant")
-    d = tables.compare(tables.answers(m, dict(test="utility", trained="ucf101")), "raw", 50)
+    d = tables.compare_rows(tables.column_measurements(m, dict(test="utility", trained="ucf101")), "raw", 50)
     assert (d["B = 0.3"].seeds, d["B = 0.5"].seeds) == (2, 1), "only one seed of B = 0.5 kept its predictions"
-    assert tables.differences("table1_known", m, reference="λ = 0").empty
+    assert tables.paired_differences("table1_known", m, reference="λ = 0").empty
 
 
 def test_data_that_differ_are_refused_not_averaged(full, tmp_path):
@@ -129,11 +129,11 @@ def predictions(right, n): return tables.Predictions(*fake_action(n, right), np.
 
 def test_degenerate_comparisons():
     p = predictions(70, 100)
-    same = tables.paired([p, p], [p, p])
-    assert (same.value, same.lo, same.hi, same.significant) == (0., 0., 0., False) and same.note() == "no difference [0.0, 0.0]"
-    one = tables.paired([predictions(1, 1)], [predictions(0, 1)])
-    assert one.value == 100. and np.isnan(one.lo) and not one.significant and "n = 1: no interval" in one.note()
-    assert tables.paired([p], [predictions(60, 100)]).value == pytest.approx(10.) == -tables.paired([predictions(60, 100)], [p]).value
+    same = tables.compare_predictions([p, p], [p, p])
+    assert (same.value, same.lo, same.hi, same.significant) == (0., 0., 0., False) and same.describe() == "no difference [0.0, 0.0]"
+    one = tables.compare_predictions([predictions(1, 1)], [predictions(0, 1)])
+    assert one.value == 100. and np.isnan(one.lo) and not one.significant and "n = 1: no interval" in one.describe()
+    assert tables.compare_predictions([p], [predictions(60, 100)]).value == pytest.approx(10.) == -tables.compare_predictions([predictions(60, 100)], [p]).value
 
 
 def test_a_plain_bootstrap_says_the_same():
@@ -141,7 +141,7 @@ def test_a_plain_bootstrap_says_the_same():
     rng = np.random.default_rng(1)
     a, b = predictions(80, 100), predictions(72, 100)
     mix = rng.permutation(100)
-    d = tables.paired([a], [tables.Predictions(b.scores[mix], b.labels[mix], b.names[mix])], repeats=4000)
+    d = tables.compare_predictions([a], [tables.Predictions(b.scores[mix], b.labels[mix], b.names[mix])], repeats=4000)
     hit = lambda p: (p.scores.argmax(1) == p.labels).astype(float)*100
     loop = [np.mean((hit(a) - hit(b))[rng.integers(0, 100, 100)]) for _ in range(4000)]
     assert d.value == pytest.approx(8.) and np.allclose([d.lo, d.hi], np.percentile(loop, [2.5, 97.5]), atol=1.1)
@@ -168,7 +168,7 @@ def unescaped(line): return [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-
 
 def test_exports_hold_the_same_cells(full, tmp_path):
     t = tables.make_table("table1_known", full, repeats=50)
-    tables.publish(tmp_path, t)
+    tables.publish_table(tmp_path, t)
     cells = [["", *t.rows.columns], *([i, *r] for i, r in zip(t.rows.index, t.rows.values))]
     text = (tmp_path/"table1_known.md").read_text().split("\n\n")[0].splitlines()
     assert [[re.sub(r"\\(.)", r"\1", c) for c in unescaped(l)] for l in text[:1] + text[2:]] == cells and set(unescaped(text[1])) == {"---"}

@@ -26,13 +26,13 @@ class Data:
 
 def players(s, model="r3d_small"):
     seed_everything(s.seed)
-    return minimax.make_players(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
+    return minimax.make_networks(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
 def game(**changes):
     s = resolve("smoke", **{**dict(precision="fp32", steps=4, lr_anonymizer=1e-3, penalty="hinge"), **changes})
     p, rows = players(s), []
-    record = minimax.minimax(p, batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0), s, rows.append, progress=False)
+    record = minimax.minimax(p, batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0), s, rows.append, progress=False)
     return torch.cat([q.detach().flatten() for q in p.f_A.parameters()]), rows, record
 
 
@@ -50,7 +50,7 @@ def test_each_step_moves_only_its_own(model):
     assert changed(p.f_A, before[0]) and not changed(p.f_T, before[1]) and not changed(p.f_B, before[2])
     assert not [k for k in changed(p.f_A, before[0]) if "running" in k or "tracked" in k]
     before = [snapshot(n) for n in (p.f_A, p.f_T, p.f_B)]
-    minimax.opponents_step(p, x, v, b, s)
+    minimax.recognizers_step(p, x, v, b, s)
     assert not changed(p.f_A, before[0]) and changed(p.f_T, before[1]) and changed(p.f_B, before[2])
 
 
@@ -101,8 +101,8 @@ def test_the_constraint_holds_the_bound_that_the_plain_hinge_breaks():
         p, rows = players(s), []
         p.f_A, p.f_T = Tint(), Night()
         p.opt_A, p.opt_T = (torch.optim.Adam(n.parameters(), s.lr_anonymizer) for n in (p.f_A, p.f_T))
-        clips = ({"clip": c["clip"], "action": 0 * c["action"]} for c in batches.endless(Data(6), 3, 0))
-        minimax.minimax(p, clips, batches.endless(Data(8), 4, 0), s, rows.append, progress=False)
+        clips = ({"clip": c["clip"], "action": 0 * c["action"]} for c in batches.EndlessBatches(Data(6), 3, 0))
+        minimax.minimax(p, clips, batches.EndlessBatches(Data(8), 4, 0), s, rows.append, progress=False)
         ends[penalty] = sum(r["rms_clips"] for r in rows[-30:]) / 30
     assert ends["constraint"] < 0.42 and ends["hinge"] > 0.6, ends
 
@@ -116,21 +116,21 @@ def test_release_is_what_evaluation_sees():
     "One function in step 1, step 2 and evaluation: BatchNorm is frozen, so train and eval mode agree."
     s = resolve("smoke", precision="fp32")
     p = players(s)
-    x, v = minimax.release(p.f_A, BATCH, s)
+    x, v = minimax.anonymize_both(p.f_A, BATCH, s)
     p.f_A.train()
     with torch.no_grad(): assert torch.equal(anonymizers.anonymize_clip(p.f_A, BATCH.clip), x) and torch.equal(p.f_A(BATCH.views), v)
 
 
 def test_a_cpu_without_bf16_stays_in_float32(monkeypatch):
     monkeypatch.setattr(batches, "has_fast_bf16", lambda device: False)
-    batches.no_bf16.cache_clear()
+    batches.warn_no_bf16.cache_clear()
     with pytest.warns(UserWarning, match="say precision=fp32"), batches.autocast(resolve("smoke", precision="bf16"), CPU): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_bf16_follows_float32():
     if not machine.has_fast_bf16(CPU): pytest.skip("this CPU has no bfloat16 arithmetic")
     exact, rough = (players(resolve("smoke", precision=p)) for p in ("fp32", "bf16"))
-    a, b = (minimax.release(p.f_A, BATCH, resolve("smoke", precision=q))[0] for p, q in ((exact, "fp32"), (rough, "bf16")))
+    a, b = (minimax.anonymize_both(p.f_A, BATCH, resolve("smoke", precision=q))[0] for p, q in ((exact, "fp32"), (rough, "bf16")))
     assert rms(a, b).max() < 0.05
 
 
@@ -156,8 +156,8 @@ def test_the_penalty_game_is_the_one_of_the_committed_runs(penalty):
     s = resolve("smoke", steps=6, B=0.2, seed=3, penalty=penalty)
     seed_everything(s.seed)
     f_A, rows = UNetPP(decoder=(16, 8, 8, 8)), []
-    p = minimax.make_players(s, f_A, 3, CPU)
-    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
+    p = minimax.make_networks(s, f_A, 3, CPU)
+    streams = lambda: (batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0))
     start.pretrain_identity(f_A, *reversed(streams()), s, CPU, progress=False)
     start.warm_up(p, *streams(), s, progress=False)
     seed_everything(s.seed)
@@ -172,12 +172,12 @@ def test_the_penalty_game_is_the_one_of_the_committed_runs(penalty):
 def test_a_resumed_game_goes_on_where_it_stopped():
     "Optimizers, the controller's memory and the count of steps included."
     s = resolve("smoke", precision="fp32", steps=6, penalty="constraint", B=0.1)
-    streams = lambda: (batches.endless(Data(6), 3, 0), batches.endless(Data(8), 4, 0))
+    streams = lambda: (batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0))
     p, rows = players(s), []
     record = minimax.minimax(p, *streams(), s, rows.append, progress=False)
     q, data = players(s), streams()
     minimax.minimax(q, *data, s, progress=False, steps=3)
-    r = minimax.resume_game(players(resolve("smoke", seed=8)), minimax.game_state(q))
+    r = minimax.resume_training(players(resolve("smoke", seed=8)), minimax.training_state(q))
     again = []
     assert minimax.minimax(r, *data, s, again.append, progress=False) == record
     assert [{**a, "ms": 0} for a in again] == [{**b, "ms": 0} for b in rows[3:]]

@@ -5,7 +5,7 @@ from penaltyanon.data import transforms
 from penaltyanon.core.files import UsageError
 from penaltyanon.data.transforms import colour_matrix, crop_box, recolour, train_clip
 
-centre = transforms.test_clip
+centre = transforms.center_clip
 quick = settings(max_examples=60, deadline=None)
 unit = st.floats(0, 1)
 

@@ -45,7 +45,7 @@ def test_every_frame_is_counted(files, name): assert frame_count(files[name]) ==
 
 
 def jumped(path, wanted, count):
-    with video._opened(path) as (v, s): return video._decode_seeking(v, s, wanted, video._converter(None), count)
+    with video._open_video(path) as (v, s): return video._decode_seeking(v, s, wanted, video._rgb_converter(None), count)
 
 
 def test_jumps_only_where_time_stamps_can_be_trusted(files):
@@ -62,7 +62,7 @@ def test_unexpected_times_stop_a_jump():
     class Frame:
         def __init__(self, pts): self.pts = pts
     number = {10 * i: i for i in range(8)}
-    follow = lambda *times, first=3: [i for i, _ in video._expected(map(Frame, times), number, first)]
+    follow = lambda *times, first=3: [i for i, _ in video._trusted_frames(map(Frame, times), number, first)]
     assert follow(20, 30, 40) == [2, 3, 4]
     assert follow(20, 40, 50) == [2] == follow(20, 20, 30) and follow(20, 30, 35) == [2, 3]
     assert follow(50, 60) == [] == follow(None) == follow(5)       # landed behind the wanted frame, or nowhere

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from penaltyanon.core.files import write_json
-from penaltyanon.edge.streams import Facts, Picture, Writer
+from penaltyanon.edge.streams import StreamInfo, Frame, VideoWriter
 
 
 def film(path: Path, seconds: int, width: int = 320, height: int = 240) -> Path:
     "A pattern that moves, 25 pictures a second, H.264"
     x, y = np.meshgrid(np.arange(2*width), np.arange(height))
     wide = np.stack([(x + y) % 256, (2*x) % 256, (3*y) % 256], -1).astype(np.uint8)
-    writer = Writer(path, ".mp4", Facts(width, height, Fraction(25), Fraction(1, 25)))
+    writer = VideoWriter(path, ".mp4", StreamInfo(width, height, Fraction(25), Fraction(1, 25)))
     for i in range(25*seconds):
         start = abs((2*i) % (2*width) - width)
-        writer.write(Picture(np.ascontiguousarray(wide[:, start:start + width]), i, 1, writer.facts))
+        writer.write(Frame(np.ascontiguousarray(wide[:, start:start + width]), i, 1, writer.info))
     writer.close()
     return path
 

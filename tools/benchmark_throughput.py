@@ -39,11 +39,11 @@ from penaltyanon.edge.anonymize import Options, anonymize_file
 from penaltyanon.nets.anonymizers import load_anonymizer
 from penaltyanon.core.files import write_json
 from penaltyanon.edge.command import pick_device, torch_runner
-from penaltyanon.train.distill import distill, fidelity, gmacs, sample_frames
+from penaltyanon.train.distill import distill, fidelity, count_gmacs, sample_frames
 from penaltyanon.edge.export import export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
-from penaltyanon.edge.guards import Anonymizer
+from penaltyanon.edge.guards import FrameAnonymizer
 from penaltyanon.nets.obfuscation import OBFUSCATIONS
-from penaltyanon.edge.streams import Facts, Picture, Writer, decode
+from penaltyanon.edge.streams import StreamInfo, Frame, VideoWriter, decode_frames
 from penaltyanon.core.machine import has_fast_bf16
 
 torch.set_num_threads(args.cores)
@@ -56,11 +56,11 @@ quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check
 def clip(path: Path, width: int, height: int, frames: int) -> Path:
     "A generated film: a drawn scene that the camera pans across, with noise; H.264"
     wide, rng = probe_frames(1, height, 2*width)[0], np.random.default_rng(0)
-    writer = Writer(path, ".mp4", Facts(width, height, Fraction(25), Fraction(1, 25)))
+    writer = VideoWriter(path, ".mp4", StreamInfo(width, height, Fraction(25), Fraction(1, 25)))
     for i in range(frames):
         x = abs((4*i) % (2*width) - width)
         frame = wide[:, x:x + width] + rng.normal(0, 3, (height, width, 1))
-        writer.write(Picture(frame.clip(0, 255).astype(np.uint8), i, 1, writer.facts))
+        writer.write(Frame(frame.clip(0, 255).astype(np.uint8), i, 1, writer.info))
     writer.close()
     return path
 
@@ -125,7 +125,7 @@ def networks(tmp: Path) -> tuple[dict, dict]:
 def through_file(run, source: Path, out: Path) -> float:
     "Frames per second, video in, video out"
     start = time.perf_counter()
-    entry = anonymize_file(source, out, Anonymizer(run, "benchmark"), Options(batch=4, force=True))
+    entry = anonymize_file(source, out, FrameAnonymizer(run, "benchmark"), Options(batch=4, force=True))
     if entry["status"] != "done": raise RuntimeError(f"{source.name}: {entry['reason'] or entry['notes']}")
     return entry["frames_out"]/(time.perf_counter() - start)
 
@@ -138,12 +138,12 @@ def through_memory(run, frames, seconds=1.0) -> float:
 
 
 def only_decode(source: Path) -> float:
-    start = time.perf_counter(); n = sum(1 for _ in decode(source))
+    start = time.perf_counter(); n = sum(1 for _ in decode_frames(source))
     return n/(time.perf_counter() - start)
 
 
 def only_encode(pictures: list, out: Path) -> float:
-    start = time.perf_counter(); writer = Writer(out, ".mp4", pictures[0].facts)
+    start = time.perf_counter(); writer = VideoWriter(out, ".mp4", pictures[0].info)
     for p in pictures: writer.write(p)
     writer.close()
     return len(pictures)/(time.perf_counter() - start)
@@ -158,7 +158,7 @@ def measure(size: str, runs: dict, tmp: Path, failed: dict) -> dict:
     w, h = map(int, size.split("x"))
     count = max(16, min(args.frames, args.frames*320*240//(w*h)))
     source, few, out = clip(tmp/f"{size}.mp4", w, h, count), clip(tmp/f"{size}-few.mp4", w, h, 5), tmp/"out.mp4"
-    pictures = list(decode(source))
+    pictures = list(decode_frames(source))
     frames, found = np.stack([p.rgb for p in pictures[:4]]), {}
     python = deface_python(Path(args.deface)) if args.deface and wanted("deface") else ""
     def add(row, kind, fps):
@@ -199,7 +199,7 @@ def against_flops(f_A, results: dict) -> dict:
     out = {}
     for size, found in results.items():
         w, h = map(int, size.split("x"))
-        cost = 2*gmacs(f_A, h, w)
+        cost = 2*count_gmacs(f_A, h, w)
         shares = {row: [round(fps*cost/rate, 3) for fps, rate in zip(found[row]["model"], found[row]["matmul"])] for row in TYPES if "matmul" in found.get(row, {})}
         out[size] = {"gflop": round(cost, 2)} | {row: {"reached": s, "median": round(statistics.median(s), 3)} for row, s in shares.items()}
     return out

@@ -13,16 +13,16 @@ import nbformat
 from penaltyanon.core.files import UserError, write_json
 from penaltyanon.core.settings import resolve
 from penaltyanon.sweep.jobs import run_jobs
-from penaltyanon.sweep.notebooks import _die_with_parent, attend, run_notebook
+from penaltyanon.sweep.notebooks import _die_with_parent, wait_for_process, run_notebook
 
 RATES = dict(crash=0.10, hang=0.03, preempted=0.10)     # of attempts
 WATCHDOG_S = 1.0
 DIES = {"crash": "exit 1", "hang": "sleep 600", "preempted": "kill -9 $$"}
 
 
-def fake(root: Path, rates: dict, draw: random.Random):
+def fake_steps(root: Path, rates: dict, draw: random.Random):
     "A unit of work for `run_jobs`: a small shell that works, or comes to one of the ends of `rates`"
-    def unit(job):
+    def run_steps(job):
         job.path.mkdir(parents=True, exist_ok=True)
         fate = draw.random()
         for end, share in rates.items():
@@ -30,9 +30,9 @@ def fake(root: Path, rates: dict, draw: random.Random):
         else: end = ""
         work = DIES.get(end) or f'echo done >> "{root}/done/{job.path.name}" && : > "{job.path}/DONE"'
         process = subprocess.Popen(["sh", "-c", f': > "{job.path}/begun-$$" ; {work}' if end != "hang" else work], start_new_session=True, preexec_fn=_die_with_parent)
-        hung = yield from attend(process, lambda: end != "hang", WATCHDOG_S)
+        hung = yield from wait_for_process(process, lambda: end != "hang", WATCHDOG_S)
         if hung or process.returncode: raise UserError(f"{end or process.returncode}")
-    return unit
+    return run_steps
 
 
 def grid(n: int): return [resolve("smoke", method="raw", seed=i) for i in range(n)]
@@ -42,7 +42,7 @@ def sweep(root: Path, n: int, seed: int, rates: dict, at_once: int = 8):
     "One sweep; whatever fails is tried again until it works"
     cells = grid(n)
     random.Random(seed).shuffle(cells)                     # two sweeps seldom want the same job at the same moment; here they do now and then
-    todo = run_jobs(cells, root, jobs=at_once, notebooks=(), poll_s=0.005, retries=50, gpus=(), unit=fake(root, rates, random.Random(seed)))
+    todo = run_jobs(cells, root, jobs=at_once, notebooks=(), poll_s=0.005, retries=50, gpus=(), run_steps=fake_steps(root, rates, random.Random(seed)))
     assert {j.state for j in todo} <= {"done", "kept"}, [j.reason for j in todo if j.state == "failed"]
     return sum(j.tries for j in todo)
 

@@ -9,13 +9,13 @@ __all__ = ['RunFolder', 'finished_runs']
 import json
 from datetime import datetime, timezone
 from pathlib import Path
-from .files import (UsageError, UserError, atomic_write, hold, let_go, plain, read_json, read_rows,
+from .files import (UsageError, UserError, atomic_write, lock_file, unlock_file, to_plain, read_json, read_rows,
                                     read_yaml, write_json, write_yaml)
 from .machine import capture_env
-from .settings import Settings, check_keys, differences, run_name, settings_dict, settings_hash
+from .settings import Settings, check_keys, differing_settings, run_name, settings_dict, settings_hash
 
 # %% ../../nbs/core/3_run_folder.ipynb #h023
-def _told_env(
+def _merge_env(
     path,        # env.json, there or not
     env: dict,   # of `capture_env`, now
 ) -> dict:       # what env.json is to hold
@@ -26,7 +26,7 @@ def _told_env(
     return first | {"resumed": [*first.get("resumed", []), {"date": env["date"], "differs": other}]}
 
 # %% ../../nbs/core/3_run_folder.ipynb #h024
-def _changed(
+def _changed_file(
     old: dict, new: dict,   # data.json: part -> manifest of `datasets.data_manifest`
 ) -> str:                   # "" when both are the same data
     "The first file that is not what it was."
@@ -53,12 +53,12 @@ class RunFolder:
         "The folder root/run_name(settings) with params.yaml and env.json."
         run = cls(Path(root)/run_name(settings), settings)
         if (run/"params.yaml").exists() and settings_hash(cls.open(run.path).settings) != settings_hash(settings):
-            raise UserError(f"{run.path}: holds a run of other parameters ({differences(cls.open(run.path).settings, settings)}); delete it or choose another folder")
+            raise UserError(f"{run.path}: holds a run of other parameters ({differing_settings(cls.open(run.path).settings, settings)}); delete it or choose another folder")
         if run.is_done: return run
-        hold(run._lock)
+        lock_file(run._lock)
         write_yaml(run/"params.yaml", settings_dict(settings))
         env = capture_env(settings.device)
-        write_json(run/"env.json", _told_env(run/"env.json", env) if resume else env)
+        write_json(run/"env.json", _merge_env(run/"env.json", env) if resume else env)
         kept = run.metrics() if resume else []
         atomic_write(run/"metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return run
@@ -76,13 +76,13 @@ class RunFolder:
     def log(self, row: dict) -> None:
         "Append one row to metrics.jsonl."
         self._refuse_if_done()
-        with (self/"metrics.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(plain(row)) + "\n")
+        with (self/"metrics.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(to_plain(row)) + "\n")
 
-    def note_data(self, manifest: dict) -> None:
+    def record_data(self, manifest: dict) -> None:
         "Write data.json; data that changed since the run began are refused."
         self._refuse_if_done()
-        manifest = json.loads(json.dumps(plain(manifest)))
-        if (self/"data.json").exists() and (what := _changed(read_json(self/"data.json"), manifest)):
+        manifest = json.loads(json.dumps(to_plain(manifest)))
+        if (self/"data.json").exists() and (what := _changed_file(read_json(self/"data.json"), manifest)):
             raise UserError(f"{what} changed since {self.path.name} began; put it back, or delete the run's folder to run it anew")
         write_json(self/"data.json", manifest)
 
@@ -91,7 +91,7 @@ class RunFolder:
         self._refuse_if_done()
         write_json(self/"results.json", results)
         atomic_write(self/"DONE", datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
-        let_go(self._lock)
+        unlock_file(self._lock)
 
     def _refuse_if_done(self):
         if self.is_done: raise UserError(f"{self.path}: this run is finished; delete the folder to run it again")

@@ -27,7 +27,7 @@ class VideoError(UserError):
 
 # %% ../../nbs/data/0_video.ipynb #c006
 @contextmanager
-def _opened(path: str | Path):  # any file FFmpeg reads
+def _open_video(path: str | Path):  # any file FFmpeg reads
     "(container, first video stream), decoding on the calling thread; FFmpeg's errors become one line."
     try:
         with av.open(str(path), metadata_errors="ignore") as video:
@@ -36,15 +36,15 @@ def _opened(path: str | Path):  # any file FFmpeg reads
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             yield video, stream
     except FileNotFoundError: raise VideoError(f"{path}: no such file; check the path") from None
-    except (av.error.FFmpegError, OSError) as e: raise _damaged(path, e.strerror or "unreadable") from None
+    except (av.error.FFmpegError, OSError) as e: raise _damage_error(path, e.strerror or "unreadable") from None
 
 # %% ../../nbs/data/0_video.ipynb #c007
-def _damaged(path: str | Path, what: str) -> VideoError:
+def _damage_error(path: str | Path, what: str) -> VideoError:
     "The one way to say that a file is not what it should be."
     return VideoError(f"{path}: {what}; fetch the file again or remove it")
 
 # %% ../../nbs/data/0_video.ipynb #c009
-def _encode(
+def _encode_frames(
     part: Path,  # file to write
     frames: np.ndarray,  # uint8 (t, h, w, 3), RGB
     fps: float,  # frames per second
@@ -75,7 +75,7 @@ def write_video(
     if codec == "mpeg4": options = {"qmin": 2, "qmax": 2, **options}
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        _encode(part, rearrange(frames, "t c h w -> t h w c").numpy(), fps, codec, pix_fmt, options)
+        _encode_frames(part, rearrange(frames, "t c h w -> t h w c").numpy(), fps, codec, pix_fmt, options)
         os.replace(part, path)
     except (av.error.FFmpegError, ValueError, OSError) as e: raise VideoError(f"{path}: cannot write it with codec {codec} ({e}); check folder, suffix and codec") from None
     finally: part.unlink(missing_ok=True)
@@ -102,15 +102,15 @@ def frame_count(
     tolerance: float = 0.02,  # part of the declared duration that may be missing at the end, and always one frame
 ) -> int:  # frames that really decode, >= 1
     "Decode every frame once and count; a damaged or truncated file raises `VideoError`."
-    with _opened(path) as (video, stream):
+    with _open_video(path) as (video, stream):
         frames, end, declared = 0, 0.0, _declared_end(video, stream)
         slack = max(tolerance * declared, 1.5 / float(stream.average_rate or 25))
         for packet in video.demux(stream):
-            if packet.is_corrupt: raise _damaged(path, f"damaged after frame {frames}")
+            if packet.is_corrupt: raise _damage_error(path, f"damaged after frame {frames}")
             frames += len(packet.decode())
             end = max(end, _packet_end(packet, stream))
-    if not frames: raise _damaged(path, "not one frame decodes")
-    if declared - end > slack: raise _damaged(path, f"truncated, ends at {end:.2f} s of {declared:.2f} s")
+    if not frames: raise _damage_error(path, "not one frame decodes")
+    if declared - end > slack: raise _damage_error(path, f"truncated, ends at {end:.2f} s of {declared:.2f} s")
     return frames
 
 # %% ../../nbs/data/0_video.ipynb #c020
@@ -130,7 +130,7 @@ def sample_indices(
     return [(start + skip * i) % n for i in range(frames)]
 
 # %% ../../nbs/data/0_video.ipynb #c023
-def _scaled(
+def _scaled_size(
     height: int, width: int,  # pixels
     short_side: int | None,  # wanted short side in pixels; None keeps the size
 ) -> tuple[int, int]:  # (height, width)
@@ -139,11 +139,11 @@ def _scaled(
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 # %% ../../nbs/data/0_video.ipynb #c024
-def _converter(short_side: int | None):  # pixels; None keeps the size
+def _rgb_converter(short_side: int | None):  # pixels; None keeps the size
     "A function from decoded frames to uint8 (h, w, 3) RGB that converts and scales in one pass of swscale."
     scaler = av.video.reformatter.VideoReformatter()  # keeps its tables: three times faster than one per frame
     def rgb(frame: av.VideoFrame) -> np.ndarray:
-        h, w = _scaled(frame.height, frame.width, short_side)
+        h, w = _scaled_size(frame.height, frame.width, short_side)
         return scaler.reformat(frame, width=w, height=h, format="rgb24", interpolation="BILINEAR").to_ndarray()
     return rgb
 
@@ -159,7 +159,7 @@ def _decode_sequential(
     return out
 
 # %% ../../nbs/data/0_video.ipynb #c026
-def _numbering(
+def _number_packets(
     packets: list[av.Packet],  # all packets of the stream, in file order
     reordered: bool,  # the codec has B-frames
     count: int,  # frames known to decode
@@ -171,14 +171,14 @@ def _numbering(
     return {t: i for i, t in enumerate(sorted(stamps))}
 
 # %% ../../nbs/data/0_video.ipynb #c027
-def _entry(
+def _key_frame_before(
     packets: list[av.Packet], number: dict[int, int], first: int,  # `number` of `_numbering`; the first wanted frame
 ) -> int | None:  # presentation time
     "The last key frame at or before the first wanted frame."
     return max((p.pts for p in packets if p.is_keyframe and number[p.pts] <= first), default=None)
 
 # %% ../../nbs/data/0_video.ipynb #c028
-def _expected(
+def _trusted_frames(
     frames, number: dict[int, int],  # decoded after a jump; of `_numbering`
     first: int,  # the first wanted frame
 ):
@@ -196,11 +196,11 @@ def _decode_seeking(
 ) -> dict[int, np.ndarray]:  # frame number -> uint8 (h, w, 3); incomplete when it cannot be trusted
     "Jump to the key frame before the first wanted frame."
     packets, out = [p for p in video.demux(stream) if p.size], {}
-    number = _numbering(packets, stream.codec_context.has_b_frames, count)
-    entry = _entry(packets, number, min(wanted)) if number else None
+    number = _number_packets(packets, stream.codec_context.has_b_frames, count)
+    entry = _key_frame_before(packets, number, min(wanted)) if number else None
     if entry is None: return out
     video.seek(entry, stream=stream)
-    for i, frame in _expected(video.decode(stream), number, min(wanted)):
+    for i, frame in _trusted_frames(video.decode(stream), number, min(wanted)):
         if i in wanted: out[i] = rgb(frame)
         if len(out) == len(wanted): break
     return out
@@ -213,13 +213,13 @@ def read_frames(
     count: int | None = None,  # `frame_count(path)` where known: allows jumping
 ) -> UInt8[Tensor, "t 3 h w"]:  # RGB
     "The frames with these numbers, in this order; decodes only what is needed."
-    indices, rgb, out = [int(i) for i in indices], _converter(short_side), {}
+    indices, rgb, out = [int(i) for i in indices], _rgb_converter(short_side), {}
     if not indices or min(indices) < 0: raise VideoError(f"{path}: frames {indices} asked for; give numbers from 0 on")
     wanted = set(indices)
     if count and min(wanted) > 0:
-        with _opened(path) as (video, stream): out = _decode_seeking(video, stream, wanted, rgb, count)
+        with _open_video(path) as (video, stream): out = _decode_seeking(video, stream, wanted, rgb, count)
     if len(out) < len(wanted):
-        with _opened(path) as (video, stream): out = _decode_sequential(video, stream, wanted, rgb)
+        with _open_video(path) as (video, stream): out = _decode_sequential(video, stream, wanted, rgb)
     if len(out) < len(wanted): raise VideoError(f"{path}: no frame {min(wanted - out.keys())}; `frame_count` tells how many there are")
     return torch.from_numpy(rearrange(np.stack([out[i] for i in indices]), "t h w c -> t c h w").copy())
 
@@ -233,8 +233,8 @@ def read_image(
         with Image.open(path) as image:
             if short_side: image.draft("RGB", (2 * short_side, 2 * short_side))
             image = ImageOps.exif_transpose(image).convert("RGB")
-            h, w = _scaled(image.height, image.width, short_side)
+            h, w = _scaled_size(image.height, image.width, short_side)
             pixels = np.array(image.resize((w, h), Image.Resampling.BILINEAR))
     except FileNotFoundError: raise VideoError(f"{path}: no such file; check the path") from None
-    except Exception as e: raise _damaged(path, f"damaged image ({e})") from None
+    except Exception as e: raise _damage_error(path, f"damaged image ({e})") from None
     return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
