@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   the main job on generated data        make test   all tests
 # Each makes .venv first; the second time that costs nothing.
-.PHONY: demo test readme venv clean-venv
+.PHONY: demo test pages venv clean-venv
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
@@ -11,8 +11,8 @@ demo: venv
 test: venv
 	$(PY) -m pytest
 
-readme: venv
-	$(PY) tools/readme.py
+pages: venv
+	$(PY) tools/pages.py
 
 venv: .venv/installed
 .venv/installed: constraints.txt settings.ini setup.py

@@ -3,11 +3,8 @@
     penaltyanon sweep --preset mini --action-model examples/pretrained.py:movinet_a0 ...
 
 A builder takes the number of outputs and returns a module: clips (n, 3, t, h, w) or frames (n, 3, h, w), RGB in
-[0, 1], to logits. The weight files are read from the folder PENALTYANON_WEIGHTS (default ../shared/data/weights).
+[0, 1], to logits. The weight files are read from the folder PENALTYANON_WEIGHTS.
 """
-import os
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 from einops import rearrange
@@ -15,13 +12,14 @@ from torchvision.models import mobilenet_v2
 
 from penaltyanon.core.files import UserError
 from penaltyanon.nets.recognizers import load_builder
+from penaltyanon.nets.weights import weights_folders
 
 
 def weights_file(name):
-    path = Path(os.environ.get("PENALTYANON_WEIGHTS", "../shared/data/weights")) / name
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; set PENALTYANON_WEIGHTS to the folder that holds it")
-    return path
+    for folder in weights_folders():
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{name}: no such weights file; set PENALTYANON_WEIGHTS to the folder that holds it")
 
 
 class MoViNet(nn.Module):
@@ -68,8 +66,10 @@ class MobileNet(nn.Module):
 
 
 def movinet_a0(classes: int) -> nn.Module:
+    """An f_T for `--action-model examples/pretrained.py:movinet_a0`."""
     return MoViNet(classes)
 
 
 def mobilenet(outputs: int) -> nn.Module:
+    """An f_B for `--set privacy_model=examples/pretrained.py:mobilenet`."""
     return MobileNet(outputs)

@@ -5,83 +5,151 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Anonymize people in video so that their actions stay recognizable, and measure both.")
-MANY = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--run")   # options that take several values
-OWN = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")
-EXTRAS = dict(train="torch torchvision segmentation_models_pytorch pytorchvideo safetensors sklearn pandas matplotlib seaborn tensorboard filelock",
-              edge="onnxruntime", export="onnx onnxscript", detect="cv2", run="papermill nbconvert nbformat ipykernel submitit")   # who brings which module
-
-Bounds = Annotated[list[float], typer.Option("--B", help="bounds of the penalty: --B 0.3 0.5, or --B 0.3,0.5")]
-Jobs = Annotated[int, typer.Option(min=1, help="runs at a time")]
-Retries = Annotated[int, typer.Option(min=0, help="how often a run that failed is started again; it goes on from its checkpoint")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads of each run; 0: the library's choice")]
+LIST_OPTIONS = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--run")
+UNDIVIDED = ("--set", "--data-set", "--slurm", "--run")    # list options whose values may hold a comma
+OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")    # not for --set
+LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
+EXTRAS = dict(    # pip extra -> modules that it brings
+    train="torch torchvision segmentation_models_pytorch pytorchvideo safetensors sklearn pandas matplotlib seaborn "
+          "tensorboard filelock",
+    edge="onnxruntime",
+    export="onnx onnxscript",
+    detect="cv2",
+    run="papermill nbconvert nbformat ipykernel submitit")
 PAPER_B = [0.3, 0.5, 0.7, 0.9]
 
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Anonymize people in video so that their actions stay recognizable, and measure both.")
 
-def spread(argv: list[str]) -> list[str]:
-    "`--B 0.3 0.5` and `--B 0.3,0.5` as typer wants them: `--B 0.3 --B 0.5`"
-    out, name, given = [], "", True
+# Options of several commands
+Bounds = Annotated[list[float], typer.Option("--B", help="bounds of the penalty: --B 0.3 0.5, or --B 0.3,0.5")]
+Jobs = Annotated[int, typer.Option(min=1, help="runs at a time")]
+Retries = Annotated[int, typer.Option(
+    min=0, help="how often a run that failed is started again; it resumes from its checkpoint")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of each run; 0: the library's choice")]
+Layout = Annotated[str, typer.Option(
+    "--layout", "--world",
+    help="where a protocol's data lie: official, puppets or mini; else what suits the preset")]
+DataFolder = Annotated[Path, typer.Option(help="folder that holds a protocol's data sets")]
+DataSets = Annotated[list[str], typer.Option(
+    help="a data set of the protocol that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")]
+Tests = Annotated[list[str], typer.Option(help="only these attacks of the protocol")]
+Seed = Annotated[int, typer.Option(min=0, help="of all random numbers")]
+
+
+def is_option(arg: str) -> bool:
+    "Whether a word of the command line is an option; `-1` and `-.5` are numbers."
+    return arg.startswith("-") and not (arg[1:2].isdigit() or arg[1:2] == ".")
+
+
+def repeat_options(argv: list[str]) -> list[str]:
+    "`--B 0.3 0.5` and `--B 0.3,0.5` as Typer wants them: `--B 0.3 --B 0.5`."
+    out, name, has_value = [], "", True    # name: the list option that takes the words that follow, if any
     for arg in argv:
         option, _, value = arg.partition("=")
-        if option in MANY:
-            out += [] if given else [name]
-            name, given, arg = option, False, value
+        if option in LIST_OPTIONS or is_option(arg):
+            if not has_value: out.append(name)
+            name, has_value = "", True
+        if option in LIST_OPTIONS:
+            name, has_value, arg = option, False, value
             if not value: continue
-        elif arg.startswith("-") and not arg[1:2].isdigit() and not arg[1:2] == ".": out, name, given = out + ([] if given else [name]), "", True
-        parts = [arg] if name in ("", "--set", "--data-set", "--slurm", "--run") else [p for p in arg.split(",") if p]
-        out += [a for p in parts for a in ([name, p] if name else [p])]
-        given = True
-    return out if given else out + [name]
+        divided = name and name not in UNDIVIDED
+        for part in [p for p in arg.split(",") if p] if divided else [arg]: out += [name, part] if name else [part]
+        has_value = True
+    return out if has_value else [*out, name]
 
 
-def assignments(pairs: list[str], option: str = "--set") -> dict:
-    "`key=value` settings; values as YAML reads them"
+def parse_assignments(pairs: list[str], option: str = "--set") -> dict:
+    "`key=value` settings; values as YAML reads them."
     import yaml
     from penaltyanon.core.files import UsageError
-    for p in pairs:
-        if "=" not in p: raise UsageError(f"{option} {p}: write key=value, e.g. {dict([('--slurm', 'partition=gpu')]).get(option, 'steps=500')}")
-        if option == "--set" and (name := p.partition("=")[0]) in OWN: raise UsageError(f"--set {p}: has an option of its own, {OWN[name]}")
-    return {k: yaml.safe_load(v) for k, _, v in (p.partition("=") for p in pairs)}
+    example = "partition=gpu" if option == "--slurm" else "steps=500"
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals: raise UsageError(f"{option} {pair}: write key=value, e.g. {example}")
+        if option == "--set" and name in OPTION_OF:
+            raise UsageError(f"--set {pair}: has an option of its own, {OPTION_OF[name]}")
+        values[name] = yaml.safe_load(value)
+    return values
 
 
-def run_grid(cells: list, out: Path, jobs: int, threads: int, cluster: str = "local", gpus: int | None = None, slurm: list[str] = [], wait: bool = True, per_gpu: int = 1, **more) -> list:
-    "Data first, then the jobs, here or through a scheduler"
+def run_grid(
+    cells: list,               # settings of the runs
+    out: Path,                 # folder of the runs
+    jobs: int,                 # runs at a time
+    threads: int,              # CPU threads of each
+    cluster: str = "local",    # local | slurm | debug
+    gpus: int | None = None,   # how many; None = all
+    slurm: list[str] = (),     # key=value for the scheduler
+    wait: bool = True,         # for the scheduler
+    per_gpu: int = 1,          # runs that share a GPU
+    **more,                    # retries; protocol, tests and data of `plan_protocol`
+) -> list:
+    "Data first, then the jobs, here or through a scheduler."
     from penaltyanon.core.files import UsageError
     from penaltyanon.sweep.grid import prepare_data
-    from penaltyanon.sweep.jobs import run_jobs, visible_gpus
+    from penaltyanon.sweep.jobs import LocalResources, run_jobs, visible_gpus
     if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
     if slurm and cluster != "slurm": raise UsageError("--slurm: is for --cluster slurm")
     if per_gpu > 1 and cluster != "local": raise UsageError("--jobs-per-gpu: is for --cluster local")
-    options = assignments(slurm, "--slurm")
+    options = parse_assignments(slurm, "--slurm")
     prepare_data(cells[0])
-    if cluster == "local": return run_jobs(cells, out, jobs=jobs, threads=threads, gpus=None if gpus is None else visible_gpus()[:gpus], per_gpu=per_gpu, **more)
-    from penaltyanon.sweep.cluster import run_on_cluster
-    return run_on_cluster(cluster, cells, out, jobs, threads, gpus or 0, options, wait=wait, **more)
+    if cluster == "local":
+        names = None if gpus is None else visible_gpus()[:gpus]
+        return run_jobs(cells, out, LocalResources(jobs, threads, names, per_gpu), **more)
+    from penaltyanon.sweep.cluster import ClusterResources, run_on_cluster
+    return run_on_cluster(cluster, cells, out, ClusterResources(jobs, threads, gpus or 0, options), wait=wait, **more)
 
 
-def plan(protocol: str, preset: str, world: str, root: Path, own: list[str], tests: list[str]) -> tuple[dict, dict]:
-    "What a protocol adds to a sweep: (overrides and axes of the grid, what `run_grid` needs for the attacks)"
+def plan_protocol(
+    protocol: str,       # a key of PROTOCOLS
+    preset: str,         # of the runs
+    layout: str,         # where the data lie; "" = what suits the preset
+    root: Path,          # folder of the data sets
+    data_set: list[str], # NAME=LOADER:FOLDER of those that lie elsewhere
+    tests: list[str],    # attacks; [] = all
+) -> tuple[dict, dict]:  # overrides and axes of the grid; what `run_grid` needs for the attacks
+    "What a protocol adds to a sweep."
     from penaltyanon.core.files import UsageError
-    from penaltyanon.evaluate.protocols import protocol_data, find_protocol, pick_attacks, data_spec
-    for o in own:
-        if ":" not in o.partition("=")[2]: raise UsageError(f"--data-set {o}: write NAME=LOADER:FOLDER, e.g. --data-set hmdb51=hmdb51:/data/hmdb51")
-    p = find_protocol(protocol)
-    data = protocol_data(world or dict(mini="mini", paper="official").get(preset, "puppets"), root, {k: v for k, _, v in (o.partition("=") for o in own)})
-    for a in pick_attacks(p, tests): data_spec(a.train, data), data_spec(a.on or a.train, data)
-    return dict(action_data=data_spec(p.action, data), privacy_data=data_spec(p.privacy, data), **p.vary), dict(protocol=protocol, tests=tuple(tests), data=data)
+    from penaltyanon.evaluate.protocols import data_spec, find_protocol, pick_attacks, protocol_data
+    own = {}
+    for pair in data_set:
+        name, _, spec = pair.partition("=")
+        if ":" not in spec:
+            raise UsageError(f"--data-set {pair}: write NAME=LOADER:FOLDER, e.g. --data-set hmdb51=hmdb51:/data/hmdb51")
+        own[name] = spec
+    found = find_protocol(protocol)
+    data = protocol_data(layout or LAYOUT_OF.get(preset, "puppets"), root, own)
+    for attack in pick_attacks(found, tests):    # every data set must be known before anything is begun
+        data_spec(attack.train, data)
+        data_spec(attack.on or attack.train, data)
+    trained_on = dict(action_data=data_spec(found.action, data), privacy_data=data_spec(found.privacy, data))
+    return {**trained_on, **found.vary}, dict(protocol=protocol, tests=tuple(tests), data=data)
 
 
-def show_table(root: Path):
-    "The closing table"
+def print_table(table, width: int = 170):
+    "A table of rich, as wide as the terminal, or `width` columns where there is none."
     from rich.console import Console
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def show_results(root: Path):
+    "The closing table."
     from rich.table import Table
     from penaltyanon.results.report import load_results, results_table
     rows = results_table(load_results(root))
     columns = [c for c in rows.columns if not c.startswith("F1")]
     table = Table("", *columns, box=None, pad_edge=False)
     for label, *values in rows[columns].itertuples(): table.add_row(str(label), *map(str, values))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    print_table(table, 150)
+
+
+def any_finished(jobs: list) -> bool:
+    "Whether a run is finished, now or before."
+    from penaltyanon.sweep.jobs import ALREADY_DONE
+    return any(j.state in ("done", ALREADY_DONE) for j in jobs)
 
 
 @app.command()
@@ -89,18 +157,21 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder of the runs and the report")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="folder of the puppets; made when missing")] = Path("data/puppets"),
     seeds: Annotated[int, typer.Option(min=1, help="how many: 0, 1, ...")] = 1,
-    B: Bounds = PAPER_B, jobs: Jobs = 2, threads: Threads = 1,
+    B: Bounds = PAPER_B,
+    jobs: Jobs = 2,
+    threads: Threads = 1,
     preset: Annotated[str, typer.Option(help="settings to start from")] = "demo",
 ):
     "The main job on generated data: puppets, controls, every B, figures, report.html."
     from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
-    cells = expand_grid(preset, B=B, seeds=range(seeds), action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
+    specs = dict(action_data=f"puppets:{data}", privacy_data=f"puppets-images:{data}")
+    cells = expand_grid(preset, B=B, seeds=range(seeds), **specs)
     todo = run_grid(cells, out, jobs, threads, retries=1)
-    if any(j.state in ("done", "kept") for j in todo):
+    if any_finished(todo):
         from penaltyanon.results.report import write_report
         page = write_report(out, jobs=jobs)
-        show_table(out)
+        show_results(out)
         print(f"report: {page}")
     raise_failed(todo)
 
@@ -110,40 +181,62 @@ def sweep(
     preset: Annotated[str, typer.Option(help="settings to start from: smoke, demo, mini, paper")] = "demo",
     action_data: Annotated[str, typer.Option(help="loader:folder, e.g. ucf101:/data/UCF-101; else the preset's")] = "",
     privacy_data: Annotated[str, typer.Option(help="loader:folder, e.g. vispr1:/data/vispr; else the preset's")] = "",
-    attributes: Annotated[str, typer.Option(help="private attributes of the action clips (CSV or the official pickle)")] = "",
+    attributes: Annotated[str, typer.Option(
+        help="private attributes of the action clips (CSV or the official pickle)")] = "",
     B: Bounds = PAPER_B,
     seeds: Annotated[list[int], typer.Option(help="one full set of runs each: --seeds 0 1 2")] = [0],
     lam: Annotated[list[float], typer.Option(help="weights of the penalty; else the preset's")] = [],
-    methods: Annotated[list[str], typer.Option(help="raw oracle lambda0 penalty spact vita ... blur-strong ..., or files (*.onnx, *.safetensors); else the first four, as the data allow")] = [],
+    methods: Annotated[list[str], typer.Option(
+        help="raw oracle lambda0 penalty spact vita ... blur-strong ..., or files (*.onnx, *.safetensors); "
+             "else the first four, as the data allow")] = [],
     set_: Annotated[list[str], typer.Option("--set", help="any setting: --set steps=500 size=112")] = [],
     action_model: Annotated[str, typer.Option(help="f_T: a name, or path/file.py:builder")] = "",
-    backbone: Annotated[str, typer.Option(help="f_A of all methods: unetpp or unet; else each method's own")] = "",
-    protocol: Annotated[str, typer.Option(help="a table of the paper: its data and attackers; `penaltyanon protocols` lists them")] = "",
-    world: Annotated[str, typer.Option(help="where a protocol's data lie: official, puppets or mini; else what suits the preset")] = "",
-    data: Annotated[Path, typer.Option(help="folder that holds a protocol's data sets")] = Path("data"),
-    data_set: Annotated[list[str], typer.Option(help="a data set of the protocol that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
-    tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
+    backbone: Annotated[str, typer.Option(
+        help="f_A of all methods: unetpp or unet; else each method's own")] = "",
+    protocol: Annotated[str, typer.Option(
+        help="a table of the paper: its data and attackers; `penaltyanon protocols` lists them")] = "",
+    layout: Layout = "",
+    data: DataFolder = Path("data"),
+    data_set: DataSets = [],
+    tests: Tests = [],
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default runs/PRESET")] = None,
-    jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
-    cluster: Annotated[str, typer.Option(help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
-    gpus: Annotated[int | None, typer.Option(min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
-    jobs_per_gpu: Annotated[int, typer.Option(min=1, help="local: runs that share a GPU (start nvidia-cuda-mps-control -d first); --jobs still limits all")] = 1,
-    devices: Annotated[int, typer.Option(min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
-    slurm: Annotated[list[str], typer.Option(help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
+    jobs: Jobs = 2,
+    threads: Threads = 1,
+    retries: Retries = 1,
+    cluster: Annotated[str, typer.Option(
+        help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
+    gpus: Annotated[int | None, typer.Option(
+        min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
+    jobs_per_gpu: Annotated[int, typer.Option(
+        min=1, help="local: runs that share a GPU (start nvidia-cuda-mps-control -d first); "
+                    "--jobs still limits all")] = 1,
+    devices: Annotated[int, typer.Option(
+        min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
+    slurm: Annotated[list[str], typer.Option(
+        help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
     from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
-    named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes, action_model=action_model, backbone=backbone)
-    overrides, attacks = plan(protocol, preset, world, data, data_set, tests) if protocol else ({}, {})
+    overrides, attacks = {}, {}
+    if protocol: overrides, attacks = plan_protocol(protocol, preset, layout, data, data_set, tests)
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
-    axes = overrides | {k: v for k, v in axes.items() if k not in overrides or (v and v != PAPER_B)}   # what the user says wins
-    cells = expand_grid(preset, **axes | {k: v for k, v in named.items() if v} | (dict(devices=devices) if devices > 1 else {}) | assignments(set_))
+    # what the user says beats what the protocol says
+    overrides |= {k: v for k, v in axes.items() if k not in overrides or (v and v != PAPER_B)}
+    named = dict(action_data=action_data, privacy_data=privacy_data, attributes=attributes,
+                 action_model=action_model, backbone=backbone)
+    overrides |= {k: v for k, v in named.items() if v}
+    if devices > 1: overrides["devices"] = devices
+    overrides |= parse_assignments(set_)
+    cells = expand_grid(preset, **overrides)
     out = out or Path("runs")/preset
     todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, jobs_per_gpu, retries=retries, **attacks)
-    if cluster == "slurm" and not wait: return print(f"submitted: {sum(j.state == 'waiting' for j in todo)} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
-    if any(j.state in ("done", "kept") for j in todo): show_table(out)
+    if cluster == "slurm" and not wait:
+        waiting = sum(j.state == "waiting" for j in todo)
+        print(f"submitted: {waiting} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
+        return
+    if any_finished(todo): show_results(out)
     raise_failed(todo)
     print(f"runs: {out}   next: penaltyanon report {out}")
 
@@ -161,28 +254,37 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="look again every few seconds until nothing runs")] = False,
 ):
     "What every run of a folder is doing: state, step, time left, last loss."
+    from penaltyanon.sweep.status import find_jobs, status_table
+    jobs = find_jobs(runs)
+    if watch: watch_jobs(runs, jobs)
+    else: print_table(status_table(jobs))
+
+
+def watch_jobs(runs: Path, jobs: list):
+    "The table of `status`, drawn again every few seconds until nothing runs."
     import time
     from rich.console import Console
     from rich.live import Live
     from penaltyanon.sweep.status import find_jobs, status_table
-    console, jobs = Console(width=None if sys.stdout.isatty() else 170), find_jobs(runs)
-    if not watch: return console.print(status_table(jobs))
+    console = Console(width=None if sys.stdout.isatty() else 170)
     with Live(status_table(jobs), console=console) as live:
         while any(j.state in ("running", "queued") for j in jobs):
             time.sleep(5)
             seen = {j.path.name: j for j in jobs}
             jobs = find_jobs(runs)
-            for j in jobs:
-                if (old := seen.get(j.path.name)) and old.stage == j.stage: j.since = old.since
+            for job in jobs:
+                old = seen.get(job.path.name)
+                if old and old.stage == job.stage: job.since = old.since
             live.update(status_table(jobs))
 
 
 @app.command()
 def cancel(
     runs: Annotated[Path, typer.Argument(help="folder of a sweep")],
-    run: Annotated[list[str], typer.Option(help="only these runs (or the beginning of a name); else all, and the sweep itself")] = [],
+    run: Annotated[list[str], typer.Option(
+        help="only these runs (or the beginning of a name); else all, and the sweep itself")] = [],
 ):
-    "End runs that are running or queued; their checkpoints stay, and a sweep takes them up again."
+    "End runs that are running or queued; their checkpoints stay, and a sweep resumes them."
     from penaltyanon.sweep.status import cancel_runs
     print("\n".join(cancel_runs(runs, tuple(run))) or f"{runs}: nothing is running or queued")
 
@@ -190,34 +292,38 @@ def cancel(
 @app.command()
 def protocols():
     "The tables of the paper as protocols for `penaltyanon sweep --protocol`."
-    from rich.console import Console
     from rich.table import Table
     from penaltyanon.evaluate.protocols import PROTOCOLS
-    table = Table("protocol", "what", "game", "attacks beyond the known", box=None, pad_edge=False)
-    for name, p in PROTOCOLS.items(): table.add_row(name, p.title, f"{p.action} + {p.privacy}", ", ".join(a.name for a in p.attacks) or "-")
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    table = Table("protocol", "what", "trained on", "attacks beyond the known", box=None, pad_edge=False)
+    for name, p in PROTOCOLS.items():
+        attacks = ", ".join(a.name for a in p.attacks)
+        table.add_row(name, p.title, f"{p.action} + {p.privacy}", attacks or "-")
+    print_table(table)
 
 
 @app.command()
 def attack(
     runs: Annotated[Path, typer.Argument(help="folder of finished runs")],
     protocol: Annotated[str, typer.Option(help="a table of the paper; `penaltyanon protocols` lists them")],
-    world: Annotated[str, typer.Option(help="where its data lie: official, puppets or mini; else what suits the runs' preset")] = "",
-    data: Annotated[Path, typer.Option(help="folder that holds its data sets")] = Path("data"),
-    data_set: Annotated[list[str], typer.Option(help="a data set that lies elsewhere: --data-set hmdb51=hmdb51:/data/hmdb51")] = [],
-    tests: Annotated[list[str], typer.Option(help="only these attacks of the protocol")] = [],
-    jobs: Jobs = 2, threads: Threads = 1, retries: Retries = 1,
+    layout: Layout = "",
+    data: DataFolder = Path("data"),
+    data_set: DataSets = [],
+    tests: Tests = [],
+    jobs: Jobs = 2,
+    threads: Threads = 1,
+    retries: Retries = 1,
 ):
-    "A protocol's attackers against every finished run of a folder; answers that are there are kept."
+    "A protocol's attackers against every finished run of a folder; results that are there are kept."
     from penaltyanon.core.files import UserError
     from penaltyanon.core.run_folder import finished_runs
-    from penaltyanon.sweep.jobs import raise_failed, run_jobs
+    from penaltyanon.sweep.jobs import LocalResources, raise_failed, run_jobs
     cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
-    if not cells: raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
-    _, attacks = plan(protocol, cells[0].preset, world, data, data_set, tests)
-    todo = run_jobs(cells, runs, jobs, threads, retries=retries, **attacks)
+    if not cells:
+        raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
+    _, attacks = plan_protocol(protocol, cells[0].preset, layout, data, data_set, tests)
+    todo = run_jobs(cells, runs, LocalResources(jobs, threads), retries=retries, **attacks)
     raise_failed(todo)
-    print(f"answers: {runs}/*/tests   next: penaltyanon report {runs}")
+    print(f"results: {runs}/*/tests   next: penaltyanon report {runs}")
 
 
 @app.command()
@@ -229,7 +335,7 @@ def report(
     "Figures and tables of finished runs on one page."
     from penaltyanon.results.report import write_report
     page = write_report(runs, out, jobs=jobs)
-    show_table(runs)
+    show_results(runs)
     print(f"report: {page}")
 
 
@@ -238,12 +344,13 @@ def puppets(
     root: Annotated[Path, typer.Argument(help="folder to make")],
     train: Annotated[int, typer.Option(min=1, help="training clips")] = 400,
     test: Annotated[int, typer.Option(min=1, help="test clips")] = 160,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    world: Annotated[str, typer.Option(help="a, or b: eight other actions, five other private attributes")] = "a",
+    seed: Seed = 0,
+    variant: Annotated[str, typer.Option(
+        "--variant", "--world", help="a, or b: eight other actions, five other private attributes")] = "a",
 ):
     "Generate the embedded data set: acting puppets with known truth."
     from penaltyanon.data.puppets import write_puppets
-    print(write_puppets(root, train=train, test=test, seed=seed, variant=world))
+    print(write_puppets(root, train=train, test=test, seed=seed, variant=variant))
 
 
 data_commands = typer.Typer(no_args_is_help=True, help="What is in a data folder.")
@@ -256,13 +363,17 @@ def data(): pass
 
 @data_commands.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="ucf101 hmdb51 vp-ucf101 vp-hmdb51 pa-hmdb51 vispr1 vispr2 vispr-pa images puppets ...")],
+    name: Annotated[str, typer.Argument(
+        help="ucf101 hmdb51 vp-ucf101 vp-hmdb51 pa-hmdb51 vispr1 vispr2 vispr-pa images puppets ...")],
     root: Annotated[Path, typer.Argument(help="the data folder")],
     split: Annotated[int, typer.Option(min=1, max=3, help="official split")] = 1,
     attributes: Annotated[str, typer.Option(help="labels of the clips; else those beside them")] = "",
-    sheet: Annotated[Path | None, typer.Option(help="PNG file for a contact sheet of thumbnails; else none")] = None,
+    sheet: Annotated[Path | None, typer.Option(
+        help="PNG file for a contact sheet of thumbnails; else none")] = None,
 ):
-    "Verify a data folder: counts, missing and damaged files, labels; says where to get what is missing. Exit code 1 when incomplete."
+    """Verify a data folder: counts, missing and damaged files, labels; says where to get what is missing.
+
+    Exit code 1 when incomplete."""
     from penaltyanon.data.check import check_data
     found = check_data(name, root, split, attributes, sheet)
     print(found.text)
@@ -275,7 +386,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="the file to write, *.onnx")],
     precision: Annotated[str, typer.Option(help="fp32, or int8: two to three times as fast on a CPU")] = "fp32",
     opset: Annotated[int, typer.Option(help="version of the ONNX operators")] = 20,
-    data: Annotated[str, typer.Option(help="frames to check on and to calibrate int8 with, loader:folder; else drawn ones")] = "",
+    data: Annotated[str, typer.Option(
+        help="frames to check on and to calibrate int8 with, loader:folder; else generated ones")] = "",
 ):
     "An anonymizer as one ONNX file that runs without PyTorch, checked against it."
     from penaltyanon.edge.export import export_onnx
@@ -283,59 +395,74 @@ def export(
     if data:
         from penaltyanon.train.distill import sample_frames
         frames = sample_frames(data, 24, 240, 320)
-    card = export_onnx(model, out, precision, opset, frames)
-    print("{out}: {precision}, off by {max} of 255 grey levels at most, {mean} on average".format(out=out, precision=precision, **card["difference"]))
+    difference = export_onnx(model, out, precision, opset, frames)["difference"]
+    print(f"{out}: {precision}, off by {difference['max']} of 255 grey levels at most, {difference['mean']} on average")
 
 
 @app.command()
 def distill(
     model: Annotated[Path, typer.Argument(help="the teacher, *.safetensors")],
     out: Annotated[Path, typer.Argument(help="the student to write, *.safetensors")],
-    data: Annotated[str, typer.Option(help="frames to learn on, loader:folder; no label is used; else drawn ones")] = "",
-    steps: Annotated[int, typer.Option(min=1)] = 2000,
+    data: Annotated[str, typer.Option(
+        help="frames to learn on, loader:folder; no label is used; else generated ones")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="of training")] = 2000,
     student: Annotated[str, typer.Option(help="small, medium or large")] = "medium",
     size: Annotated[int, typer.Option(min=16, help="side of the training crops, pixels")] = 96,
     batch: Annotated[int, typer.Option(min=1, help="crops at a time")] = 8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
 ):
     "A small fast anonymizer that imitates a trained one, for export to a camera."
-    from penaltyanon.train.distill import distill
-    close = distill(model, out, data, steps, student, size, batch, seed, device)["fidelity"]
-    print("{out}: off by {l1} of 255 grey levels on average ({psnr} dB); next: penaltyanon export {out} {onnx} --precision int8".format(out=out, onnx=out.with_suffix(".onnx"), **close))
+    from penaltyanon.train import distill as teaching
+    options = teaching.DistillOptions(data, steps, student, size, batch, seed)
+    close = teaching.distill(model, out, options, device)["fidelity"]
+    print(f"{out}: off by {close['l1']} of 255 grey levels on average ({close['psnr']} dB); "
+          f"next: penaltyanon export {out} {out.with_suffix('.onnx')} --precision int8")
 
 
 @app.command()
 def anonymize(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="film, image, folder, 'pattern*', or camera (/dev/video0, rtsp://...)")],
-    output: Annotated[Path | None, typer.Argument(help="file or folder; default beside the input, named -anonymized")] = None,
-    model: Annotated[str, typer.Option(help="a method (blur-strong, downsample-4x, ...; @people: only there), *.safetensors or *.onnx")] = "blur-strong",
+    source: Annotated[str, typer.Argument(
+        metavar="INPUT", help="video, image, folder, 'pattern*', or camera (/dev/video0, rtsp://...)")],
+    output: Annotated[Path | None, typer.Argument(
+        help="file or folder; default beside the input, named -anonymized")] = None,
+    model: Annotated[str, typer.Option(
+        help="a method (blur-strong, downsample-4x, ...; @people: only there), "
+             "*.safetensors or *.onnx")] = "blur-strong",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     batch: Annotated[int, typer.Option(help="frames at a time; halved when memory runs out")] = 8,
-    height: Annotated[int | None, typer.Option(help="process at this height, in pixels; the output keeps its size")] = None,
-    codec: Annotated[str, typer.Option(help="h264, hevc, vp9, av1, mpeg4, or an encoder of FFmpeg; default h264, vp9 in .webm, mpeg4 in .avi")] = "",
+    height: Annotated[int | None, typer.Option(
+        help="process at this height, in pixels; the output keeps its size")] = None,
+    codec: Annotated[str, typer.Option(
+        help="h264, hevc, vp9, av1, mpeg4, or an encoder of FFmpeg; "
+             "default h264, vp9 in .webm, mpeg4 in .avi")] = "",
     crf: Annotated[int, typer.Option(help="quality, 0 (best) to 51")] = 20,
-    keep_audio: Annotated[bool, typer.Option("--keep-audio", help="copy the first audio stream; a voice identifies a person too")] = False,
-    smooth: Annotated[float, typer.Option(help="against flicker: weight of the pictures before, 0 to below 1")] = 0.0,
-    on_bad_frame: Annotated[str, typer.Option(help="what cannot be decoded or anonymized: blank (black), drop, or fail")] = "blank",
+    keep_audio: Annotated[bool, typer.Option(
+        "--keep-audio", help="copy the first audio stream; a voice identifies a person too")] = False,
+    smooth: Annotated[float, typer.Option(
+        help="against flicker: weight of the previous frames, 0 to below 1")] = 0.0,
+    on_bad_frame: Annotated[str, typer.Option(
+        help="what cannot be decoded or anonymized: blank (black), drop, or fail")] = "blank",
     force: Annotated[bool, typer.Option("--force", help="replace existing output")] = False,
     workers: Annotated[int, typer.Option(help="files at a time")] = 1,
-    preview: Annotated[Path | None, typer.Option(help="also write raw and anonymized side by side here (image or film; holds RAW pictures)")] = None,
+    preview: Annotated[Path | None, typer.Option(
+        help="also write raw and anonymized side by side here (image or video; holds RAW frames)")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON report; default beside the output")] = None,
 ):
-    "Anonymize films, images, folders, cameras; never a raw frame."
+    "Anonymize videos, images, folders, cameras; never a raw frame."
     import signal
-    from penaltyanon.edge import command as deploy
     from penaltyanon.core.files import UserError
+    from penaltyanon.edge import command as deploy
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
-    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force)
-    told = deploy.anonymize(source, output, model, options, device, workers, preview, report)
-    print(deploy.closing_line(told))
-    if not told["ok"]: raise UserError(f"{source}: not everything was anonymized; {told['report']} says what and why")
+    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers)
+    outcome = deploy.anonymize(source, output, model, options, device, preview, report)
+    print(deploy.closing_line(outcome))
+    if not outcome["ok"]:
+        raise UserError(f"{source}: not everything was anonymized; {outcome['report']} says what and why")
 
 
-def version(wanted: bool):
-    "Print the version and leave"
+def print_version(wanted: bool):
+    "Print the version and leave."
     if wanted:
         from penaltyanon import __version__
         print(__version__)
@@ -343,21 +470,43 @@ def version(wanted: bool):
 
 
 @app.callback()
-def options(show: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="print the version")] = False): pass
+def options(
+    show: Annotated[bool, typer.Option(
+        "--version", callback=print_version, is_eager=True, help="print the version")] = False,
+): pass
+
+
+def missing_extra(module: str | None) -> str | None:
+    "The pip extra that brings a module, if any does."
+    package = (module or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages.split(): return extra
+    return None
+
+
+def explain_error(error: Exception) -> str:
+    "One line of what a user can mend; the help where no command was given."
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if type(error).__name__ == "NoArgsIsHelpError": return message
+    return f"error: {' '.join(message.split())}"
 
 
 def main(argv: list[str] | None = None):
-    "Run a command; what a user can mend is one line on stderr and exit code 1 (failure) or 2 (usage)"
-    try: code = app(spread(sys.argv[1:] if argv is None else argv), standalone_mode=False, prog_name="penaltyanon")
-    except (KeyboardInterrupt, typer.Abort): code = 130; print("stopped; finished runs are kept, start again to go on", file=sys.stderr)
+    "Run a command; what a user can mend is one line on stderr and exit code 1 (failure) or 2 (usage)."
+    message = None
+    try:
+        words = repeat_options(sys.argv[1:] if argv is None else argv)
+        code = app(words, standalone_mode=False, prog_name="penaltyanon")
+    except (KeyboardInterrupt, typer.Abort):
+        code, message = 130, "stopped; finished runs are kept, start again to resume"
     except ModuleNotFoundError as e:
-        extra = next((x for x, packages in EXTRAS.items() if (e.name or "").partition(".")[0] in packages.split()), None)
-        if not extra: raise
-        code = 1; print(f'error: this needs {e.name}, which is not installed; pip install "penaltyanon[{extra}]"', file=sys.stderr)
+        extra = missing_extra(e.name)
+        if extra is None: raise
+        code, message = 1, f'error: this needs {e.name}, which is not installed; pip install "penaltyanon[{extra}]"'
     except Exception as e:
         if getattr(e, "exit_code", None) is None: raise
-        code, message = e.exit_code, e.format_message() if hasattr(e, "format_message") else str(e)
-        print(message if type(e).__name__ == "NoArgsIsHelpError" else f"error: {' '.join(message.split())}", file=sys.stderr)
+        code, message = e.exit_code, explain_error(e)
+    if message is not None: print(message, file=sys.stderr)
     sys.exit(code or 0)
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 import nbformat, pytest
 
 ROOT = Path(__file__).parents[1]
-WINGS = ("core", "nets", "data", "edge", "train", "evaluate", "sweep", "results")     # from the ground up
+WINGS = ("core", "data", "nets", "edge", "train", "evaluate", "sweep", "results")     # from the ground up
 LIBRARY = [nb for wing in WINGS for nb in sorted(ROOT.glob(f"nbs/{wing}/[0-9]_*.ipynb"))]
 RUNS = sorted(ROOT.glob("nbs/runs/*.ipynb"))
 FIGURES = sorted(ROOT.glob("nbs/figures/*.ipynb"))
+TABLES = "table1_known table2_novel table5_recognizers table6_pretrained_attacker table7_attackers table8_attackers_imagenet".split()
+DRAWINGS = {p.stem: (p, {}) for p in FIGURES if p.stem != "table"} | {t: (ROOT/"nbs/figures/table.ipynb", {"table": t}) for t in TABLES}     # name -> notebook, parameters
 SHARED = Path(os.environ.get("PENALTYANON_SHARED") or ROOT.parent/"shared"/"data")    # real clips and weights, where they are
 BIN = Path(sys.executable).parent       # nbdev_export and its kind; called as functions they would ignore their arguments
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,9 +6,9 @@ import av, numpy as np, pytest
 from PIL import Image
 from conftest import SHARED
 from penaltyanon import cli
-from penaltyanon.edge import anonymize as one, command as deploy, guards, streams
+from penaltyanon.edge import anonymize as one, command, guards, streams
 from penaltyanon.edge.anonymize import Options, anonymize_file
-from penaltyanon.core.files import UserError
+from penaltyanon.core.files import UserError, file_hash
 from penaltyanon.edge.guards import FrameAnonymizer
 from penaltyanon.edge.streams import decode_frames
 
@@ -134,6 +134,16 @@ def test_the_output_keeps_its_size_at_any_height(tmp_path):
     source, seen = film(tmp_path/"in.mp4"), []
     run(source, tmp_path/"out.mp4", FrameAnonymizer(lambda f: (seen.append(f.shape[1:3]), 255 - f)[1]), height=16)
     assert set(seen) == {(16, 24)} and pictures(tmp_path/"out.mp4")[0].shape == (32, 48, 3)
+
+
+def test_a_cut_file_says_so(tmp_path):
+    "Also where the container says how long it is, and the stream does not."
+    for name, how in {"in.mkv": {}, "in.webm": dict(codec="libvpx-vp9", options={"cpu-used": "8", "deadline": "realtime"}), "in.avi": dict(codec="mjpeg", pix_fmt="yuvj420p")}.items():
+        source, out = film(tmp_path/name, numbered(50, 64, 96), **how), tmp_path/f"out-{name}"
+        assert run(source, out)["status"] == "done", name
+        source.write_bytes(source.read_bytes()[:source.stat().st_size // 2])
+        entry = run(source, out, force=True)
+        assert entry["status"] == "truncated" and "truncated, ends at" in entry["notes"][-1] and 5 < entry["frames_out"] < 45, entry
 
 
 # ---- what must be dropped
@@ -263,11 +273,11 @@ anonymize_file(sys.argv[1], sys.argv[2], FrameAnonymizer(slow), Options(codec="m
 def test_kill_leaves_nothing_that_looks_finished(tmp_path):
     source = film(tmp_path/"in.avi", numbered(63) * 4, codec="mjpeg", pix_fmt="yuvj420p")
     with subprocess.Popen([sys.executable, "-c", SLOW, str(source), str(tmp_path/"out.mkv")]) as p:
-        while not any(f.stat().st_size > 1000 for f in tmp_path.glob(".out*.part")) and p.poll() is None: time.sleep(0.02)
+        while not any(f.stat().st_size > 1000 for f in tmp_path.glob(".out*.tmp")) and p.poll() is None: time.sleep(0.02)
         assert p.poll() is None, "over before anything could be seen of it"
         p.send_signal(signal.SIGKILL)
     assert not (tmp_path/"out.mkv").exists()
-    parts = list(tmp_path.glob(".out*.part"))
+    parts = list(tmp_path.glob(".out*.tmp"))
     assert len(parts) == 1 and sorted(p.name for p in tmp_path.iterdir()) == sorted([parts[0].name, "in.avi"])
     shown = [f.to_ndarray(format="rgb24") for f in av.open(str(parts[0]), format="matroska").decode(video=0)]
     assert shown and all(f.std() < 3 for f in shown), "what the kill left behind holds no raw frame"
@@ -296,7 +306,7 @@ def share(raw, out): return abs(float(fine(raw) @ fine(out))) / float(fine(raw) 
 @pytest.mark.parametrize("name", ["blur-strong", "blur-weak", "pixelate", "blackening", "downsample-4x"])
 def test_no_frame_is_more_like_the_raw_one_than_the_method_leaves_it(tmp_path, name):
     "Against every raw frame, not only its own: no earlier one is shown instead."
-    model = deploy.open_frame_anonymizer(name, "cpu")
+    model = command.open_frame_anonymizer(name, "cpu")
     source = film(tmp_path/"in.mp4", numbered(N, 64, 96), options={"crf": "10"})
     raw = pictures(source)
     own = max(share(r, o) for r in raw for o in model.run(np.stack(raw)))
@@ -389,10 +399,10 @@ def test_a_camera_is_stopped_and_its_film_is_whole(tmp_path):
         except BrokenPipeError: pass
     threading.Thread(target=feed, daemon=True).start()
     # a shell that starts tests in the background has Ctrl-C ignored, and children inherit that: the camera's process listens again
-    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon.edge import command as deploy\nfrom penaltyanon.edge.guards import FrameAnonymizer\nprint(deploy.closing_line(deploy.anonymize(sys.argv[1], sys.argv[2], FrameAnonymizer(lambda f: np.full_like(f, 128)))))"
+    code = "import signal, sys, numpy as np\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom penaltyanon.edge import command\nfrom penaltyanon.edge.guards import FrameAnonymizer\nprint(command.closing_line(command.anonymize(sys.argv[1], sys.argv[2], FrameAnonymizer(lambda f: np.full_like(f, 128)))))"
     with subprocess.Popen([sys.executable, "-c", code, str(pipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         deadline = time.time() + 60
-        while not any(f.stat().st_size > 2000 for f in tmp_path.glob(".out*.part")) and time.time() < deadline and p.poll() is None: time.sleep(0.1)
+        while not any(f.stat().st_size > 2000 for f in tmp_path.glob(".out*.tmp")) and time.time() < deadline and p.poll() is None: time.sleep(0.1)
         p.send_signal(signal.SIGINT)
         try: said, errors = p.communicate(timeout=60)
         finally: p.kill()
@@ -419,15 +429,15 @@ def test_a_folder(tmp_path):
     for p in root/"one.mp4", root/"a"/"two.avi", root/"a"/"b"/"three.ts": film(p, codec="mpeg4")
     (root/"a"/"broken.mp4").write_bytes(b"no film"); (root/"a"/"circle").symlink_to(root); (root/"notes.txt").write_text("x")
     for again in range(2):
-        told = deploy.anonymize(root, out, FLAT, Options(force=again > 0), workers=2)
+        told = command.anonymize(root, out, FLAT, Options(force=again > 0, workers=2))
         assert told["status"] == {"done": 3, "refused": 1, "failed": 1} and not told["ok"]
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == ["a/b/three.ts.mp4", "a/two.avi", "anonymize-report.json", "one.mp4"]
     report = json.loads((out/"anonymize-report.json").read_text())
     assert [f["status"] for f in report["files"]] == ["done", "failed", "refused", "done", "done"]
     for f in report["files"]:
-        if f["status"] == "done": assert f["output_sha256"] == guards.file_hash(f["output"]) and f["input_sha256"] == guards.file_hash(f["input"]) and f["frames_in"] == f["frames_out"] == N
+        if f["status"] == "done": assert f["output_sha256"] == file_hash(f["output"]) and f["input_sha256"] == file_hash(f["input"]) and f["frames_in"] == f["frames_out"] == N
     shutil.rmtree(out); out.mkdir(); (out/"a").symlink_to(tmp_path)
-    told = deploy.anonymize(root, out, FLAT)
+    told = command.anonymize(root, out, FLAT)
     assert told["status"] == {"done": 1, "refused": 4} and not (tmp_path/"two.avi").exists(), told["status"]
 
 
@@ -472,7 +482,7 @@ def test_the_command_with_every_option(tmp_path, call):
 
 @pytest.mark.parametrize("line, code, says", [
     ("nowhere.mp4", 1, "No such file"), ("in.mp4 --model blur", 2, "did you mean"), ("in.mp4 --model none.safetensors", 1, "no such file"), ("in.mp4 --model raw", 1, "nearly the identity"),
-    ("in.mp4 --on-bad-frame keep", 2, "blank, drop or fail"), ("in.mp4 --device warp", 2, "auto or cpu"), ("in.mp4 in.mp4 --force", 1, "is the input itself"), ("in.mp4 out.txt", 2, "a film is written as"), ("*.avi", 1, "nothing here")])
+    ("in.mp4 --on-bad-frame keep", 2, "blank, drop or fail"), ("in.mp4 --device warp", 2, "use auto, cpu"), ("in.mp4 in.mp4 --force", 1, "is the input itself"), ("in.mp4 out.txt", 2, "a video is written as"), ("*.avi", 1, "nothing here")])
 def test_mistakes_are_one_line(tmp_path, call, line, code, says):
     film(tmp_path/"in.mp4")
     got, out, err = call(*line.split())
@@ -484,10 +494,22 @@ def test_an_onnx_file_is_opened_by_its_own_module(tmp_path, monkeypatch):
     stub = type(sys)("penaltyanon.edge.export"); stub.onnx_anonymizer = lambda path, **k: lambda f: 255 - f
     monkeypatch.setitem(sys.modules, "penaltyanon.edge.export", stub)
     (tmp_path/"net.onnx").write_bytes(b"\x08\x07net")
-    model = deploy.open_frame_anonymizer(tmp_path/"net.onnx")
-    assert model.name == "net.onnx" and model.sha256 == guards.file_hash(tmp_path/"net.onnx")
+    model = command.open_frame_anonymizer(tmp_path/"net.onnx")
+    assert model.name == "net.onnx" and model.sha256 == file_hash(tmp_path/"net.onnx")
     stub.onnx_anonymizer = lambda path, **k: lambda f: f.copy()
-    with pytest.raises(UserError, match="nearly the identity"): deploy.open_frame_anonymizer(tmp_path/"net.onnx")
+    with pytest.raises(UserError, match="nearly the identity"): command.open_frame_anonymizer(tmp_path/"net.onnx")
+
+
+def test_checkpoints_of_every_architecture_are_opened(tmp_path):
+    import torch
+    from penaltyanon.nets.anonymizers import UNetPP, save_anonymizer
+    from penaltyanon.nets.student import TinyNet
+    student = TinyNet((4, 4, 4))
+    student.head.bias.data = torch.tensor([-1.0] * 12 + [1.0] * 12)         # it inverts its frames
+    save_anonymizer(tmp_path/"student.safetensors", student, {}); save_anonymizer(tmp_path/"net.safetensors", UNetPP(decoder=(16, 8, 8, 8)), {})
+    code = "import sys; from penaltyanon.edge.command import open_frame_anonymizer; print([open_frame_anonymizer(f, 'cpu').card['architecture'] for f in sys.argv[1:]])"
+    r = subprocess.run([sys.executable, "-c", code, str(tmp_path/"student.safetensors"), str(tmp_path/"net.safetensors")], capture_output=True, text=True, timeout=120)
+    assert r.stdout.strip() == "['TinyNet', 'UNetPP']", r.stdout + r.stderr
 
 
 @real

@@ -1,5 +1,5 @@
 "Properties of the ground floor: files whole or absent, settings that survive a round trip, names that tell runs apart."
-import math, os
+import math, os, subprocess, sys
 from dataclasses import fields, replace
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
@@ -28,6 +28,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, old, new,
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     files.atomic_write(path, new)
     assert path.read_bytes() == new
+
+
+@quick
+@given(old=st.binary(max_size=200), new=st.binary(max_size=200), where=st.sampled_from(["fsync", "replace", "block"]),
+       what=st.sampled_from([OSError(28, "No space left on device"), KeyboardInterrupt(), Killed(), RuntimeError("x")]))
+def test_whoever_writes_under_a_temporary_name_leaves_the_old_file_and_nothing_else(tmp_path, old, new, where, what):
+    path = files.atomic_write(tmp_path/"f", old)
+    def fail(*args): raise what
+    with pytest.MonkeyPatch.context() as m:
+        if where != "block": m.setattr(os, where, fail)
+        with pytest.raises(UserError if isinstance(what, OSError) else type(what)), files.atomic_path(path) as temporary:
+            temporary.write_bytes(new)
+            if where == "block": fail()
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 positive = st.floats(1e-12, 1e12)
@@ -71,7 +85,7 @@ def test_the_hash_changes_with_every_field_that_matters(s, data):
 
 
 def test_committed_runs_keep_their_names_and_hashes():
-    "Their params.yaml were written before the fields of LATER existed, or after; the folder's name must be the same."
+    "Their params.yaml were written before the fields of LATER_FIELDS existed, or after; the folder's name must be the same."
     runs = [run_folder.RunFolder.open(p.parent) for p in sorted((ROOT/"runs").glob("*/*/params.yaml"))]
     old = [r for r in runs if not set(settings.LATER_FIELDS) & set(files.read_yaml(r/"params.yaml"))]
     assert [settings.run_name(r.settings) for r in runs] == [r.path.name for r in runs] and len(old) >= 18
@@ -90,6 +104,21 @@ def test_only_the_penalty_method_has_a_bound(method):
 
 def test_the_hash_is_the_same_in_another_process():
     assert settings._short_hash({"b": 0.3, "a": [1, "λ"]}) == "%s" % settings._short_hash({"a": [1, "λ"], "b": 0.3}) == "72f2f950"
+
+
+@quick
+@given(s=any_settings)
+def test_a_parameters_cell_and_overrides_are_the_settings(s):
+    "What a run notebook is given, split as papermill does it."
+    values = settings.settings_dict(s)
+    cell = {name: values.pop(name) for name in ("preset", *settings.NOTEBOOK_PARAMETERS)}
+    cell |= {name: "" for name in settings.EMPTY_MEANS_PRESET if not cell[name]}
+    expected = resolve(**cell, **values)
+    if not s.action_data or not s.privacy_data:     # "" stands for the preset's
+        base = resolve(s.preset)
+        expected = replace(expected, action_data=s.action_data or base.action_data,
+                           privacy_data=s.privacy_data or base.privacy_data)
+    assert settings.settings_from(cell | dict(overrides=values, run_root="", show_frames=True)) == expected
 
 
 numbers = [f.name for f in fields(Settings) if type(getattr(Settings(), f.name)) in (int, float)]
@@ -142,3 +171,22 @@ def test_environment_says_which_commit(tmp_path):
     assert set(env) >= {"python", "cpu", "cores", "threads", "device_name", "versions", "commit", "dirty", "date"}
     files.write_json(tmp_path/"env.json", env)
     assert files.read_json(tmp_path/"env.json") == env
+
+
+def test_the_name_of_a_device_needs_torch_only_when_it_depends_on_it():
+    code = """
+import sys
+sys.modules["torch"] = None     # as if it were not installed
+from penaltyanon.core.machine import resolve_device, is_out_of_memory
+print(resolve_device("cpu"), resolve_device("auto"), is_out_of_memory(MemoryError()))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout == "cpu cpu True\n", said.stderr
+
+
+@pytest.mark.parametrize("name, error, says", [
+    ("warp", UsageError, "use auto, cpu, cuda or cuda:N"), ("cuda:99", UserError, "usable GPUs; use device=auto or cpu")])
+def test_a_device_that_is_not_there_is_one_line(name, error, says):
+    for choose in (machine.resolve_device, machine.pick_device):
+        with pytest.raises(error, match=says) as e: choose(name)
+        assert "\n" not in str(e.value)

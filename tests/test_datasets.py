@@ -214,11 +214,11 @@ def test_columns_of_attribute_images(official):
     refuse(lambda: names("vispr1@race"), "only images have columns", UsageError)
 
 
-def test_twins():
-    for world in "", "-b":
-        assert oracle_collection(f"puppets{world}:/d:e") == f"puppets{world}-oracle:/d:e" and oracle_collection(f"puppets{world}-images:~/d") == f"puppets{world}-oracle-images:~/d"
+def test_oracle_sets():
+    for variant in "", "-b":
+        assert oracle_collection(f"puppets{variant}:/d:e") == f"puppets{variant}-oracle:/d:e" and oracle_collection(f"puppets{variant}-images:~/d") == f"puppets{variant}-oracle-images:~/d"
     assert {oracle_collection(f"{n}:x").partition(":")[0] for n in SOURCES if n.startswith("puppets") and "oracle" not in n} < set(SOURCES)
-    for spec in "ucf101:d", "puppets-oracle:d", "puppets-c:d", "puppets", "puppets:", "images@a:d": refuse(lambda: oracle_collection(spec), "no neutral twin", UsageError)
+    for spec in "ucf101:d", "puppets-oracle:d", "puppets-c:d", "puppets", "puppets:", "images@a:d": refuse(lambda: oracle_collection(spec), "no oracle set", UsageError)
 
 
 # ---- damage
@@ -534,7 +534,7 @@ def test_real_vispr_matrices(tmp_path, monkeypatch):
     for part in "train2017", "val2017", "test2017": (tmp_path/part).mkdir()
     for i, (part, _) in rows.items(): (tmp_path/part/f"{i}.jpg").touch()                        # we have the labels, not the photos
     for f in "vispr_labels.csv", "attributes.tsv": shutil.copy(SHARED/"vispr-annotations"/f, tmp_path)
-    monkeypatch.setattr(records, "index_files", lambda root, names: (dict.fromkeys(names, 1), ()))
+    monkeypatch.setattr(sources, "index_files", lambda root, names: (dict.fromkeys(names, 1), ()))
     either = {"skin_color": {"a17_color"}, "face": {"a9_face_complete", "a10_face_partial"}, "gender": {"a4_gender"}, "nudity": {"a12_semi_nudity"},
               "relationship": {"a64_rel_personal", "a65_rel_social"}}
     for asked, columns in (VISPR1, [{a} for a in VISPR1]), (VISPR2, [{a} for a in VISPR2]), (sources.VISPR_PA, list(either.values())):

@@ -1,16 +1,18 @@
 "Scores against scikit-learn and by construction; an evaluation that cannot see must say chance."
+from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 from penaltyanon.evaluate import attackers as ev
 from penaltyanon.nets.anonymizers import Identity
+from penaltyanon.core.checkpoints import RunContext
 from penaltyanon.core.machine import seed_everything
 from penaltyanon.core.settings import resolve
 from penaltyanon.evaluate.intervals import accuracies, resample_counts, percentile_interval
 from penaltyanon.train.losses import attribute_loss
 from penaltyanon.nets.recognizers import PRIVACY_MODELS, build_model
 
-CPU, S = torch.device("cpu"), resolve("smoke", precision="fp32", eval_batch=8)
+CONTEXT = RunContext(resolve("smoke", precision="fp32", eval_batch=8), torch.device("cpu"), progress=False)
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,19 +61,19 @@ class Grey(torch.nn.Module):
 @pytest.mark.parametrize("f_A, sees", [(Identity(), True), (Grey(), False)])
 def test_an_attacker_finds_what_is_there_and_nothing_else(f_A, sees):
     seed_everything(0)
-    train, test = (ev.anonymize_dataset(f_A, Frames(n, k), S, CPU, epochs=e, progress=False) for n, k, e in ((64, 0, 2), (100, 1, 1)))
+    train, test = (ev.anonymize_dataset(f_A, Frames(n, k), CONTEXT, epochs=e) for n, k, e in ((64, 0, 2), (100, 1, 1)))
     assert train.x.shape == (64, 2, 3, 16, 16) and train.x.dtype == torch.uint8
     net = build_model("r2d_small", 1, PRIVACY_MODELS)
-    net = ev.fit_attacker(net, train.x, train.attributes, torch.arange(64) % 8 == 0, attribute_loss, 6, 3e-3, S, CPU, progress=False)
-    scores = ev.privacy_scores(ev.predict_logits(net, test.x, S, CPU).mean(1).numpy(), test.attributes.numpy(), ("bright",))
+    net = ev.fit_attacker(net, train.x, train.attributes, torch.arange(64) % 8 == 0, ev.AttackerRecipe(attribute_loss, 6, 3e-3), CONTEXT)
+    scores = ev.privacy_scores(ev.predict_logits(net, test.x, CONTEXT).mean(1).numpy(), test.attributes.numpy(), ("bright",))
     assert (scores["bright"]["ap"] > 95) if sees else (scores["bright"]["ap"] < scores["bright"]["base"] + 1)
 
 
-def test_released_values_are_those_of_the_anonymizer():
+def test_anonymized_values_are_those_of_the_anonymizer():
     class Half(torch.nn.Module):
         def forward(self, x): return x / 2
     data = Frames(5, 0)
-    r = ev.anonymize_dataset(Half(), data, S, CPU, progress=False)
+    r = ev.anonymize_dataset(Half(), data, CONTEXT)
     x = torch.stack([data[i]["frame"] for i in range(5)])
     assert (r.x[:, 0].float() / 255 - x / 2).abs().max() <= 0.5 / 255 + 1e-6
     assert r.rms["pixel"] == pytest.approx((x / 2).square().mean((1, 2, 3)).sqrt().mean().item(), rel=1e-4)
@@ -80,9 +82,10 @@ def test_released_values_are_those_of_the_anonymizer():
 def test_the_epoch_is_chosen_on_held_out_training_data():
     "The kept weights are those of the epoch with the lowest held-out loss, which need not be the last."
     seed_everything(0)
-    r, rows = ev.anonymize_dataset(Identity(), Frames(32, 0), S, CPU, progress=False), []
+    r, rows = ev.anonymize_dataset(Identity(), Frames(32, 0), CONTEXT), []
     noise = torch.rand(32, 1).round()
     held = torch.arange(32) % 4 == 0
-    net = ev.fit_attacker(build_model("r2d_small", 1, PRIVACY_MODELS), r.x, noise, held, attribute_loss, 8, 1e-2, S, CPU, rows.append, progress=False)
-    kept = float(attribute_loss(ev.predict_logits(net, r.x[held], S, CPU).mean(1), noise[held]))
+    net, recipe = build_model("r2d_small", 1, PRIVACY_MODELS), ev.AttackerRecipe(attribute_loss, 8, 1e-2)
+    ev.fit_attacker(net, r.x, noise, held, recipe, replace(CONTEXT, log=rows.append))
+    kept = float(attribute_loss(ev.predict_logits(net, r.x[held], CONTEXT).mean(1), noise[held]))
     assert kept == pytest.approx(min(r["held_loss"] for r in rows), rel=1e-3)

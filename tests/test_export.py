@@ -6,8 +6,9 @@ from penaltyanon.edge import export
 from penaltyanon.nets.anonymizers import UNet, UNetPP, freeze_batchnorm, load_anonymizer, save_anonymizer
 from penaltyanon.cli import main
 from penaltyanon.core.files import UsageError, UserError
-from penaltyanon.train.distill import distill, endless_frames, fidelity, train_student, sample_frames
-from penaltyanon.edge.export import frame_difference, export_onnx, onnx_anonymizer, probe_frames, torch_anonymizer
+from penaltyanon.train.distill import DistillOptions, distill, endless_frames, fidelity, train_student, sample_frames
+from penaltyanon.edge.export import export_onnx, frame_difference, onnx_anonymizer, torch_anonymizer
+from penaltyanon.edge.guards import probe_frames
 from penaltyanon.nets.student import TinyNet
 
 torch.set_num_threads(1)
@@ -146,13 +147,14 @@ def test_what_is_not_installed_is_named_with_its_extra(module, extra, model, tmp
 def test_a_student_learns_and_its_teacher_stays_as_it_was():
     teacher, student = moved((8, 8, 8)), TinyNet((8, 8, 8))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    losses = train_student(student, teacher, endless_frames("", 4, 32, 32), steps=60, progress=False)
+    losses = train_student(student, teacher, endless_frames("", 4, 32, 32), DistillOptions(steps=60), progress=False)
     assert np.mean(losses[-10:]) < np.mean(losses[:5])/2
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
 
 
 def test_distilling_twice_gives_the_same_student(model, tmp_path):
-    for name in "ab": distill(model, tmp_path/f"{name}.safetensors", steps=4, student="small", size=16, batch=2, progress=False)
+    options = DistillOptions(steps=4, student="small", size=16, batch=2)
+    for name in "ab": distill(model, tmp_path/f"{name}.safetensors", options, progress=False)
     (a, card), (b, _) = (load_anonymizer(tmp_path/f"{n}.safetensors") for n in "ab")
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert card["teacher"] == "model.safetensors" and card["fidelity"]["frames"] == [12, 240, 320]

@@ -4,7 +4,7 @@ import matplotlib.image, pytest
 from penaltyanon.results import report
 from penaltyanon.core.files import UserError, read_json
 from penaltyanon.sweep.notebooks import run_notebook
-from conftest import FIGURES
+from conftest import DRAWINGS
 from synthetic import fake_run, fake_sweep
 
 
@@ -13,7 +13,7 @@ def page(tmp_path_factory):
     "A sweep with a hole: B = 0.5 lacks seed 1, and one run is unfinished."
     root = fake_sweep(tmp_path_factory.mktemp("SYNTHETIC")/"sweep", seeds=(0, 1))
     shutil.rmtree(root/"penalty-B=0.5-s1-synthetic")
-    fake_run(root, "B = 0.2", 0.2, 0, 1., 1., done=False)
+    fake_run(root, "B = 0.2", 0.2, 0, (1., 1.), done=False)
     said = subprocess.run([sys.executable, "-m", "penaltyanon.cli", "report", str(root)], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     (root.parent/"said").write_text(said.stdout)
@@ -24,7 +24,7 @@ def printed(path): return "".join("".join(o.get("text", "")) for c in read_json(
 
 
 def test_every_figure_is_drawn_and_says_n_and_seeds(page):
-    assert {p.stem for p in FIGURES} - {"story"} == {*report.MAIN_FIGURES, *report.EXTRA_FIGURES}      # the story is a notebook to read, no part of the page
+    assert {*DRAWINGS} - {"story"} == {*report.MAIN_FIGURES, *report.EXTRA_FIGURES}      # the story is a notebook to read, no part of the page
     for name in report.MAIN_FIGURES:
         caption = (page/"_figures"/f"{name}.caption.txt").read_text()
         assert "n = 160 test clips, 300 test images" in caption and "2 seeds" in caption
@@ -59,7 +59,7 @@ def test_figures_come_out_the_same_twice(page, tmp_path):
 
 def test_runs_without_frames_or_attributes_still_make_a_page(tmp_path):
     "Real people: no frames kept. Clips without attributes: no third panel."
-    for label, method in (("raw", "raw"), ("B = 0.3", "penalty")): fake_run(tmp_path/"SYNTHETIC", label, 0.3, 0, 90., 80., method, frames=False)
+    for label, method in (("raw", "raw"), ("B = 0.3", "penalty")): fake_run(tmp_path/"SYNTHETIC", label, 0.3, 0, (90., 80.), method, frames=False)
     for f in tmp_path.rglob("frames.npz"): f.unlink()
     html = report.write_report(tmp_path/"SYNTHETIC").read_text()
     assert "real people are not shown" in html and html.count("data:image/png;base64") == 3 and "More frames" not in html

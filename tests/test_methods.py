@@ -5,6 +5,7 @@ import pytest, torch
 from penaltyanon.train import batches, minimax, start
 from penaltyanon.train import methods
 from penaltyanon.nets.anonymizers import UNet, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
+from penaltyanon.core.checkpoints import RunContext
 from penaltyanon.core.files import UsageError
 from penaltyanon.core.machine import seed_everything
 from penaltyanon.core.settings import CHOICES, METHOD_DEFAULTS, TRAINED_METHODS, resolve, run_name, settings_dict, start_key
@@ -40,7 +41,7 @@ def anonymizer(s):
     return make_anonymizer(s) if s.backbone == "tokens" else freeze_batchnorm(UNet(s.decoder, 0.5))
 
 
-def players(s, method=None, seed=0):
+def networks(s, method=None, seed=0):
     seed_everything(seed)
     return minimax.make_networks(s, anonymizer(s), 3, CPU, attributes=2, method=method or METHODS[s.method])
 
@@ -48,42 +49,45 @@ def players(s, method=None, seed=0):
 def streams(s): return batches.EndlessBatches(Data(3 if s.method == "tedspad" and s.triplet else 1), 4, 0), batches.EndlessBatches(Data(), 4, 0)
 
 
-def play(name, method=None, **changes):
+def train(name, method=None, **changes):
     s, rows = settings(name, **changes), []
     method = method or METHODS[name]
-    p = players(s, method)
-    minimax.minimax(p, *streams(s), s, rows.append, progress=False, method=method)
+    p = networks(s, method)
+    minimax.minimax(p, *streams(s), RunContext(s, CPU, rows.append, progress=False), method)
     return p, rows
+
+
+def quiet(s): return RunContext(s, CPU, progress=False)
 
 
 def weights(net): return torch.cat([v.flatten().double() for v in net.state_dict().values()])
 
 
 @pytest.fixture(scope="module")
-def spact(): return weights(play("spact")[0].f_A)
+def spact(): return weights(train("spact")[0].f_A)
 
 
 def without_labels(): return replace(METHODS["vita"], **{k: getattr(METHODS["spact"], k) for k in ("privacy_loss", "adversarial_loss", "make_f_B")})
 
 
 def test_the_penalty_method_without_penalty_is_spact(spact):
-    assert torch.equal(weights(play("penalty", penalty="none")[0].f_A), spact)
-    assert torch.equal(weights(play("penalty", penalty="hinge", lam=0.0)[0].f_A), spact)
-    assert not torch.equal(weights(play("penalty", penalty="hinge", B=0.0, lam=9.0)[0].f_A), spact)
+    assert torch.equal(weights(train("penalty", penalty="none")[0].f_A), spact)
+    assert torch.equal(weights(train("penalty", penalty="hinge", lam=0.0)[0].f_A), spact)
+    assert not torch.equal(weights(train("penalty", penalty="hinge", B=0.0, lam=9.0)[0].f_A), spact)
 
 
 def test_vita_with_one_network_no_restart_and_the_self_supervised_loss_is_spact(spact):
-    assert torch.equal(weights(play("vita", without_labels(), ensemble=1, restart_every=0)[0].f_A), spact)
-    assert not torch.equal(weights(play("vita", ensemble=1, restart_every=0)[0].f_A), spact)
+    assert torch.equal(weights(train("vita", without_labels(), ensemble=1, restart_every=0)[0].f_A), spact)
+    assert not torch.equal(weights(train("vita", ensemble=1, restart_every=0)[0].f_A), spact)
 
 
 def test_tedspad_with_weight_0_is_spact(spact):
-    assert torch.equal(weights(play("tedspad", triplet=0.0, weight_action=1.0)[0].f_A), spact)
-    assert not torch.equal(weights(play("tedspad", weight_action=1.0)[0].f_A), spact)
+    assert torch.equal(weights(train("tedspad", triplet=0.0, weight_action=1.0)[0].f_A), spact)
+    assert not torch.equal(weights(train("tedspad", weight_action=1.0)[0].f_A), spact)
 
 
 def test_stprivacy_with_keep_rate_1_only_reconstructs():
-    p, rows = play("stprivacy", keep_rate=1.0)
+    p, rows = train("stprivacy", keep_rate=1.0)
     clip = torch.rand(2, 3, 4, 32, 32)
     with torch.no_grad():
         x, keep, _ = p.f_A.eval().encode(clip)
@@ -112,12 +116,12 @@ def test_the_strongest_of_an_ensemble_is_attacked():
 
 @pytest.mark.parametrize("name", TRAINED_METHODS)
 def test_twenty_steps_lower_the_loss(name):
-    "On one fixed batch with the opponents held, f_A's objective falls; with f_A held, theirs fall."
+    "On one fixed batch with the recognizers held, f_A's objective falls; with f_A held, theirs fall."
     s = settings(name, steps=40, penalty="hinge", restart_every=0)
-    p, method = players(s), METHODS[name]
+    p, method = networks(s), METHODS[name]
     b = batches.next_batch(*streams(s), CPU)
     method.before_step(p, 40, None, s, method)
-    start.warm_up(p, itertools.repeat(dict(clip=next(streams(s)[0])["clip"], action=b.action)), streams(s)[1], replace(s, warmup_steps=5), progress=False, method=method)
+    start.warm_up(p, itertools.repeat(dict(clip=next(streams(s)[0])["clip"], action=b.action)), streams(s)[1], quiet(replace(s, warmup_steps=5)), method)
     seed_everything(0)
     own = [minimax.anonymizer_step(p, b, s, method)[0]["objective"] for _ in range(20)]
     assert sum(own[-3:]) / 3 < sum(own[:3]) / 3, own
@@ -127,27 +131,27 @@ def test_twenty_steps_lower_the_loss(name):
 
 
 @pytest.mark.parametrize("name", ["vita", "tedspad", "stprivacy"])     # the penalty method: tests/test_training.py
-def test_a_game_survives_a_resume(name):
-    "Stopped after a restart or in the second phase, and taken up by other players: ensembles, copies to restart from, phases."
+def test_a_training_survives_a_resume(name):
+    "Stopped after a restart or in the second phase, and taken up by other networks: ensembles, copies to restart from, phases."
     s = settings(name, steps=6, **(dict(ensemble=2, restart_every=2) if name == "vita" else {}))
     method, data = METHODS[name], streams(s)
-    p = players(s)
-    minimax.minimax(p, *data, s, progress=False, steps=6 if name == "stprivacy" else 3, method=method)
+    p = networks(s)
+    minimax.minimax(p, *data, quiet(s), method, steps=6 if name == "stprivacy" else 3)
     saved = minimax.training_state(p)
     clips, images = streams(s)
     b = [(next(clips), next(images)) for _ in range(4)]
-    seed_everything(1); q = minimax.resume_training(players(s, seed=9), saved)
-    for game in (p, q):
+    seed_everything(1); q = minimax.resume_training(networks(s, seed=9), saved)
+    for nets in (p, q):
         seed_everything(2)
         s2 = replace(s, steps=8)
-        minimax.minimax(game, iter([x for x, _ in b]), itertools.cycle(y for _, y in b), s2, progress=False, steps=5 if name != "stprivacy" else 8, method=method)
+        minimax.minimax(nets, iter([x for x, _ in b]), itertools.cycle(y for _, y in b), quiet(s2), method, steps=5 if name != "stprivacy" else 8)
     for net in ("f_A", "f_T", "f_B"): assert torch.equal(weights(getattr(p, net)), weights(getattr(q, net))), net
     assert len(minimax.networks_of(q.f_B)) == s.ensemble and q.step == p.step
 
 
 def test_a_restart_goes_back_and_catches_up():
     s = settings("vita", ensemble=2, restart_every=3)
-    p, updates = players(s), []
+    p, updates = networks(s), []
     p.step, images = 3, itertools.cycle([next(streams(s)[1])])
     before = weights(p.f_B)
     METHODS["vita"].before_step(p, 9, images, replace(s, restart_every=0), METHODS["vita"])
@@ -159,9 +163,9 @@ def test_a_restart_goes_back_and_catches_up():
 
 
 def test_the_keep_rate_converges_to_its_target():
-    "In the game, not alone: with the other losses beside it the drawn shares stay near k, k^2, k^3."
+    "Beside the other losses, not alone: the drawn shares stay near k, k^2, k^3."
     s = settings("stprivacy", steps=120, keep_rate=0.6, lr_anonymizer=2e-3)
-    p, b, shares = players(s), batches.next_batch(*streams(s), CPU), []
+    p, b, shares = networks(s), batches.next_batch(*streams(s), CPU), []
     METHODS["stprivacy"].before_step(p, 240, None, s, METHODS["stprivacy"])
     for _ in range(60):
         p.f_A.train().requires_grad_(True)

@@ -12,6 +12,8 @@ from penaltyanon.nets.anonymizers import (ARCHITECTURES, Identity, UNet, UNetPP,
                                           load_anonymizer, save_anonymizer)
 from penaltyanon.nets.clipnets import I3D
 from penaltyanon.core.files import UsageError, UserError
+from penaltyanon.nets.stprivacy import STPRIVACY_SIZES, TokenAnonymizer
+from penaltyanon.nets.student import TinyNet
 from penaltyanon.nets.recognizers import ACTION_MODELS, HUB, PRIVACY_MODELS, Projector, build_model, weights_file
 from penaltyanon.core.files import file_hash
 from penaltyanon.nets.weights import load_trunk, match_tensors
@@ -130,6 +132,19 @@ def test_network(key, tmp_path):
     with torch.no_grad():
         for size in one: assert net.eval()(torch.rand(1, 3, *size)).shape[0] == 1
         assert net.train()(torch.rand(1, 3, *one[0])).isfinite().all(), "a batch of one trains (the published I3D squeezed it away)"
+
+
+@pytest.mark.parametrize("build,layout", [(lambda: TokenAnonymizer(4, 24, **STPRIVACY_SIZES["small"]), "d45799956bae7637"), (TinyNet, "7e74fa294346b22c")], ids=["tokens", "student"])
+def test_names_and_shapes_of_saved_weights_stay(build, layout):
+    named = repr([(k, tuple(v.shape)) for k, v in build().state_dict().items()])
+    assert hashlib.sha256(named.encode()).hexdigest()[:16] == layout, "old weight files would not load"
+
+
+def test_a_card_of_the_token_anonymizer_rebuilds_it():
+    "The arguments as every file since the first one holds them: flat, lists instead of tuples."
+    config = dict(frames=4, size=24, dim=48, depth=2, heads=4, tubelet=[2, 8, 8], prune=[1], keep=0.5)
+    net = TokenAnonymizer(**config)
+    assert json.loads(json.dumps(net.config)) == config and list(net.config) == list(config)
 
 
 PUBLISHED = {"r3d18": 33371472, "r2plus1d18": 31505325, "mvit_v2_s": 34537744, "resnet18": 11689512, "resnet34": 21797672, "resnet50": 25557032,

@@ -3,7 +3,7 @@ import multiprocessing, os, sys, time, warnings
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
-from conftest import FIGURES, LIBRARY, ROOT, RUNS
+from conftest import DRAWINGS, LIBRARY, ROOT, RUNS
 from penaltyanon.sweep import grid, jobs, notebooks
 from penaltyanon.core.files import read_json, read_rows, read_yaml
 from penaltyanon.core.run_folder import finished_runs
@@ -55,8 +55,8 @@ def test_a_sweep_runs_every_run_notebook(swept):
         through_papermill = r.settings.B == 0.7
         assert {"params.yaml", "env.json", "data.json", "metrics.jsonl", "results.json"} <= {p.name for p in r.path.iterdir()}
         assert all((r/f"{Path(n).stem}.ipynb").is_file() == through_papermill for n in jobs.RUN_NOTEBOOKS)
-        answers = {"raw-attacker.json", "raw-attacker.npz", "raw-attacker-frames.json", "raw-attacker-frames.npz", "metrics.jsonl"}
-        assert {t.name for t in (r/"tests").iterdir()} == answers | ({"table6-pretrained-attacker.ipynb"} if through_papermill else set())
+        results = {"raw-attacker.json", "raw-attacker.npz", "raw-attacker-frames.json", "raw-attacker-frames.npz", "metrics.jsonl"}
+        assert {t.name for t in (r/"tests").iterdir()} == results | ({"table6-pretrained-attacker.ipynb"} if through_papermill else set())
 
 
 def test_what_was_asked_is_what_was_done(swept):
@@ -80,15 +80,16 @@ def test_the_training_notebook_shows_what_there_is_where_nothing_is_trained(swep
 def test_a_second_sweep_redoes_nothing(swept):
     before = {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
     cells = [r.settings for r in finished_runs(swept)]
-    assert {j.state for j in jobs.run_jobs(cells, swept, **asked(swept.parent))} == {"kept"}
+    assert {j.state for j in jobs.run_jobs(cells, swept, **asked(swept.parent))} == {"already done"}
     assert before == {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("path", FIGURES, ids=name)
-def test_figure_notebook(path, swept, tmp_path, run_notebook_steps):
+@pytest.mark.parametrize("drawing", DRAWINGS)
+def test_figure_notebook(drawing, swept, tmp_path, run_notebook_steps):
     "Figures are drawn from finished runs alone (test_figures draws those of the report through papermill)."
-    for _ in run_notebook_steps(path, dict(runs=str(swept), out=str(tmp_path/"out")), tmp_path/path.name): time.sleep(0.05)
-    drawn = [p for p in (tmp_path/"out").iterdir() if p.stem.startswith(path.stem) and p.suffix in (".png", ".html")]
+    path, parameters = DRAWINGS[drawing]
+    for _ in run_notebook_steps(path, dict(runs=str(swept), out=str(tmp_path/"out"), **parameters), tmp_path/path.name): time.sleep(0.05)
+    drawn = [p for p in (tmp_path/"out").iterdir() if p.stem.startswith(drawing) and p.suffix in (".png", ".html")]
     assert drawn and all(p.stat().st_size > 1000 for p in drawn), "nothing was drawn"
 
 

@@ -6,7 +6,7 @@ from penaltyanon.nets.anonymizers import anonymize_clip
 from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, box_regions, detector_regions,
                                           difference_mask, downsample, scale_kernel, onnx_regions, open_obfuscation,
-                                          open_regions, people, pixelate, whole_frame)
+                                          open_regions, people_regions, pixelate, whole_frame)
 from penaltyanon.data.video import read_frames, write_video
 from penaltyanon.data.puppets import draw_clip, draw_scene
 
@@ -211,10 +211,10 @@ class FakeHOG:
 def test_people_asks_opencv_in_its_own_pixels_and_colours(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(HOGDescriptor=FakeHOG, HOGDescriptor_getDefaultPeopleDetector=lambda: "people"))
     x = torch.zeros(1, 3, 128, 160); x[:, 0] = 1                     # red
-    mask = people()(x)
+    mask = people_regions()(x)
     assert FakeHOG.saw.shape == (256, 320, 3) and FakeHOG.saw.dtype == np.uint8 and FakeHOG.saw[0, 0].tolist() == [0, 0, 255]    # BGR
     assert torch.equal(mask[0], box_mask([(32, 64, 48, 96)], 128, 160))
-    people()(torch.zeros(1, 3, 1, 1)), people()(torch.zeros(1, 3, 300, 400))
+    people_regions()(torch.zeros(1, 3, 1, 1)), people_regions()(torch.zeros(1, 3, 300, 400))
     assert FakeHOG.saw.shape == (300, 400, 3), "a large frame stays as it is"
     assert open_obfuscation("blackening@people").label == "blackening (people)"
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 from penaltyanon.evaluate import attacks, protocols as pr
+from penaltyanon.core.checkpoints import RunContext
 from penaltyanon.nets.anonymizers import Identity
 from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.core.run_folder import RunFolder
@@ -22,16 +23,16 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def releases(root):
-    "One set of released data serves all attacks, as in a sweep"
+def anonymized(root):
+    "One set of anonymized data serves all attacks, as in a sweep."
     data = pr.protocol_data("official", root)
     s = resolve("smoke", precision="fp32", bootstrap=20, action_data=data["ucf101"], privacy_data=data["vispr1"])
-    return attacks.AnonymizedCache(Identity(), s, data, progress=False)
+    return attacks.AnonymizedCache(Identity(), data, RunContext(s, torch.device("cpu"), progress=False))
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS.keys() - PRETRAINED))
-def test_every_attack_runs_in_the_official_layouts(name, releases):
-    found, (scores, labels, names) = attacks.run_attack(ATTACKS[name], releases)
+def test_every_attack_runs_in_the_official_layouts(name, anonymized):
+    found, (scores, labels, names) = attacks.run_attack(ATTACKS[name], anonymized)
     assert len(scores) == len(labels) == len(names) == len(set(names)) == found["n"] > 0
     value, floor = (found["top1"], found["chance"]) if ATTACKS[name].kind == "action" else (found["cmap"], found["base_rate"])
     assert 0 <= value <= 100 and 0 < floor <= 100 and found["ci"][0] <= found["ci"][1]
@@ -39,30 +40,30 @@ def test_every_attack_runs_in_the_official_layouts(name, releases):
 
 
 @pytest.mark.parametrize("name", sorted(PRETRAINED))
-def test_pretrained_attackers_need_their_file_and_say_so(name, releases, monkeypatch, tmp_path):
+def test_pretrained_attackers_need_their_file_and_say_so(name, anonymized, monkeypatch, tmp_path):
     monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError) as e: attacks.run_attack(ATTACKS[name], releases)
+    with pytest.raises(UserError) as e: attacks.run_attack(ATTACKS[name], anonymized)
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
 @pytest.mark.parametrize("name", pr.PROTOCOLS)
-def test_every_protocol_finds_its_data_in_the_official_layouts(name, releases):
+def test_every_protocol_finds_its_data_in_the_official_layouts(name, anonymized):
     p = pr.PROTOCOLS[name]
-    assert releases.collection(p.action).kind == "clips" and releases.collection(p.privacy).kind == "frames"
+    assert anonymized.collection(p.action).kind == "clips" and anonymized.collection(p.privacy).kind == "frames"
     for a in p.attacks:
-        assert releases.collection(a.train).train and releases.collection(a.on or a.train).test
+        assert anonymized.collection(a.train).train and anonymized.collection(a.on or a.train).test
 
 
-def test_pahmdb_is_never_learned_from(releases):
-    c = releases.collection("pa-hmdb51")
+def test_pahmdb_is_never_learned_from(anonymized):
+    c = anonymized.collection("pa-hmdb51")
     assert not {r.name for r in c.train} & {r.name for r in c.test}
 
 
-def test_raw_data_reach_only_the_attackers_training(releases):
+def test_raw_data_reach_only_the_attackers_training(anonymized):
     class Grey(torch.nn.Module):
         def forward(self, x): return torch.full_like(x, 0.5)
-    r = attacks.AnonymizedCache(Grey(), releases.s, releases.data, progress=False)
+    r = attacks.AnonymizedCache(Grey(), anonymized.data, anonymized.context)
     assert r.part("vispr1", True, False, raw=True).x.float().std() > 1
     assert r.part("vispr1", False, False).x.float().std() < 1
     found, _ = attacks.run_attack(ATTACKS["raw-attacker"], r)
@@ -80,7 +81,7 @@ def test_sets_that_do_not_fit_together_are_refused():
 
 
 def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
-    command = [BIN/"penaltyanon", "sweep", "--preset", "smoke", "--protocol", "table2-ucf101", "--world", "official", "--data", root, "--methods", "penalty",
+    command = [BIN/"penaltyanon", "sweep", "--preset", "smoke", "--protocol", "table2-ucf101", "--layout", "official", "--data", root, "--methods", "penalty",
                "--B", "0.3", "--backbone", "unet", "--set", "decoder=[16]", "--tests", "novel-action", "pahmdb-privacy", "--out", tmp_path/"runs"]
     first = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
     assert first.returncode == 0, first.stderr
@@ -91,7 +92,7 @@ def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
     assert set(np.load(run/"predictions.npz")) >= {"utility_scores", "images_labels"}
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
     again = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and "kept" in again.stderr
+    assert again.returncode == 0 and "already done" in again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
     later = subprocess.run([str(BIN/"penaltyanon"), "attack", str(tmp_path/"runs"), "--protocol", "table6-pretrained-attacker", "--world", "official", "--data", str(root),
                             "--tests", "raw-attacker"], capture_output=True, text=True, timeout=300)
@@ -101,7 +102,7 @@ def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
 
 @pytest.mark.parametrize("words, says", [
     (["--protocol", "table2"], "did you mean table2-ucf101?"), (["--protocol", "table7-attackers", "--tests", "novel-action"], "has no such test"),
-    (["--protocol", "table2-ucf101", "--world", "moon"], "no such world"), (["--protocol", "table1-ucf101", "--data-set", "hmdb51"], "write NAME=LOADER:FOLDER"),
+    (["--protocol", "table2-ucf101", "--layout", "moon"], "no such data layout"), (["--protocol", "table1-ucf101", "--data-set", "hmdb51"], "write NAME=LOADER:FOLDER"),
     (["--protocol", "table2-ucf101", "--world", "mini"], "say where it lies")])
 def test_what_a_protocol_cannot_be_is_one_line_and_exit_code_2(words, says, tmp_path):
     r = subprocess.run([str(BIN/"penaltyanon"), "sweep", "--preset", "smoke", "--out", str(tmp_path/"runs"), *words], capture_output=True, text=True, timeout=300)

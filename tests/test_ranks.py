@@ -14,41 +14,41 @@ from conftest import ROOT
 pytest.importorskip("lightning_fabric", reason="needs lightning-fabric: pip install 'penaltyanon[train]'")
 
 
-def play(folder, devices, *games):
-    "What rank_worker.py plays, all of it in one start of its processes."
+def train(folder, devices, *trainings):
+    "What rank_worker.py trains, all of it in one start of its processes."
     out = folder/f"{devices}.pt"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests"), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     for k in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"): env.pop(k, None)
-    r = subprocess.run([sys.executable, str(Path(__file__).parent/"rank_worker.py"), str(devices), str(out), *games], env=env, capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, str(Path(__file__).parent/"rank_worker.py"), str(devices), str(out), *trainings], env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
     return torch.load(out, weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    "Each game by one process that has the whole batch, and by two that share it."
-    folder = tmp_path_factory.mktemp("played")
-    return play(folder, 1, "penalty", "vita"), play(folder, 2, "penalty", "vita", "penalty-alone")
+def trained(tmp_path_factory):
+    "Each training by one process that has the whole batch, and by two that share it."
+    folder = tmp_path_factory.mktemp("trained")
+    return train(folder, 1, "penalty", "vita"), train(folder, 2, "penalty", "vita", "penalty-alone")
 
 
 def off(a, b): return float((a - b).norm()/b.norm())
 
 
 @pytest.mark.parametrize("method", ["penalty", "vita"])
-def test_gradients_and_game_are_those_of_the_whole_batch(played, method):
-    "The first step's gradients of all three networks, and what a short game logs: NT-Xent with a bound, and supervised labels."
-    one, two = (games[method] for games in played)
+def test_gradients_and_training_are_those_of_the_whole_batch(trained, method):
+    "The first step's gradients of all three networks, and what a short training logs: NT-Xent with a bound, and supervised labels."
+    one, two = (trainings[method] for trainings in trained)
     for net in ("f_A", "f_T", "f_B"):
         assert off(two["grads"][net], one["grads"][net]) < 1e-4, (net, off(two["grads"][net], one["grads"][net]))
     assert len(two["rows"]) == len(one["rows"]) == 4
-    for step, close in ((0, 1e-4), (3, 2e-2)):       # Adam's first steps are signs: rounding of a gradient near zero moves a weight by a whole step, the game hardly
+    for step, close in ((0, 1e-4), (3, 2e-2)):       # Adam's first steps are signs: rounding of a gradient near zero moves a weight by a whole step, the losses hardly
         for key in ("loss_action", "loss_privacy", "rms_clips", "rms_images"): assert two["rows"][step][key] == pytest.approx(one["rows"][step][key], rel=close), (step, key)
     assert two["lam"] == pytest.approx(one["lam"], rel=2e-2)
 
 
-def test_without_the_others_negatives_it_is_another_loss(played):
+def test_without_the_others_negatives_it_is_another_loss(trained):
     "What the comparison above would catch: each process with its own images only."
-    one, wrong = played[0]["penalty"], played[1]["penalty-alone"]
+    one, wrong = trained[0]["penalty"], trained[1]["penalty-alone"]
     assert off(wrong["grads"]["f_B"], one["grads"]["f_B"]) > 0.05
 
 
@@ -65,7 +65,7 @@ def timeless(rows): return [{k: v for k, v in r.items() if k != "ms"} for r in r
 
 
 def test_a_run_on_two_devices_and_killed_midway(lab):
-    "One file of rows, one anonymizer; killed in the game, with all its processes, and started again it ends as the one that was not."
+    "One file of rows, one anonymizer; killed in minimax training, with all its processes, and started again it ends as the one that was not."
     lab, s = lab
     straight = RunFolder.create(lab/"straight", s)
     f_A, record = trainer.train_on_devices(straight, show=lambda line: None)

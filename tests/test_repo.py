@@ -1,13 +1,14 @@
 "The repository itself: nothing to clean or export, the house numbers, the floors, the README, the pins."
-import ast, hashlib, os, re, statistics
+import ast, hashlib, os, re
 from configparser import ConfigParser
-import nbformat, numpy as np, pytest
+import numpy as np, pytest
 from packaging.requirements import Requirement
-from readme import readme
+import house
+from pages import pages
 from penaltyanon.core.files import read_yaml
 from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, WINGS, code_cells, python, repository_files, run
 
-EVERY = [*ROOT.glob("nbs/*.ipynb"), *LIBRARY, *RUNS, *FIGURES]
+EVERY = [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("nbs/pages/*.ipynb"), *LIBRARY, *RUNS, *FIGURES]
 name = lambda p: str(p.relative_to(ROOT))
 
 
@@ -33,50 +34,71 @@ def test_a_run_notebook_has_one_parameters_cell(path):
         ast.literal_eval(line.value)
 
 
-# ---- the house numbers of docs/style.md, over the cells that export
-def code_lines(source): return [l for l in source.split("\n") if l.strip() and not l.strip().startswith("#")]
-def exports(cell): return bool(re.match(r"#\|\s*export", cell.source))
-
-
-def is_assertion(node):
-    if isinstance(node, ast.Assert): return True
-    if not isinstance(node, ast.Call): return False
-    called = ast.unparse(node.func).split(".")[-1]
-    return called in ("expect_fail", "raises") or called.startswith(("test_", "assert_"))
-
-
-def assertions(cell):
-    source = "\n".join(l for l in cell.source.split("\n") if not l.lstrip().startswith(("%", "!")))
+# ---- the page (docs: CONTRIBUTING.md)
+def assertions(source):
+    "Assertions in a cell: assert statements, and calls of test_*, assert_*, expect_fail and raises."
+    def is_assertion(node):
+        if isinstance(node, ast.Assert): return True
+        called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+        return called in ("expect_fail", "raises") or called.startswith(("test_", "assert_"))
     return sum(map(is_assertion, ast.walk(ast.parse(source))))
 
 
-def house_numbers(path):
-    "Median and largest export cell in code lines; assertions and words of prose per 100 exported lines."
-    cells = nbformat.read(path, 4).cells
-    code = [c for c in cells if c.cell_type == "code"]
-    sizes = [n for c in code if exports(c) and (n := len(code_lines(c.source)))]
-    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
-    asserted = sum(assertions(c) for c in code if not exports(c))
-    return dict(median=statistics.median(sizes), largest=max(sizes), lines=sum(sizes),
-                assertions=100*asserted/sum(sizes), words=100*words/sum(sizes))
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_a_page_is_narrow_and_in_small_cells(path):
+    page, cells = house.read_page(path), house.cells_of(path)
+    assert page["long"] == page["lesson_long"] == 0, "lines over 120 columns"
+    assert max(page["chars"]) <= 2000 and max(page["sizes"]) <= 60, "an export cell is too large; divide it"
+    assert max(page["runs"]) <= 4, f"{max(page['runs'])} definitions in a row without a lesson"
+    words = sum(len(source.split()) for kind, source in cells if kind == "prose")
+    asserted = sum(assertions(source) for kind, source in cells if kind == "lesson")
+    assert asserted >= 0.08 * sum(page["sizes"]) and words >= 1.5 * sum(page["sizes"]), (asserted, words, sum(page["sizes"]))
+
+
+def test_the_pages_together():
+    measures = house.measure()
+    assert measures["median export cell, characters"] <= 400
+    assert measures["definitions followed at once by a lesson, %"] >= 60
+    assert measures["public names in two modules"] == 0, {n: m for n, m in house.public_names(ROOT).items() if len(m) > 1}
+
+
+def packed(tree):
+    "Places where much is packed into one statement."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            if any(isinstance(t, ast.Tuple) and len(t.elts) > 3 for t in node.targets): yield node, "assigns more than three names at once"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.IfExp | ast.BoolOp): yield node, "is a condition as a statement"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Lambda): yield node, "calls a lambda where it stands"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_house_numbers(path):
-    n = house_numbers(path)
-    print(" ".join(f"{k} {v:.0f}" for k, v in n.items()))
-    assert n["median"] <= 10 and n["largest"] <= 60, n
-    assert n["assertions"] >= 8 and n["words"] >= 150, n
+def test_nothing_is_packed_to_look_short(path):
+    for kind, source in house.cells_of(path):
+        if kind != "export": continue
+        bad = [f"line {node.lineno} {what}: {ast.unparse(node)[:80]}" for node, what in packed(ast.parse(source))]
+        starts = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+        lines = source.split("\n")
+        bad += [f"two statements: {lines[n - 1].strip()[:80]}" for n in set(starts) if starts.count(n) > 1 and "; " in re.sub(r"([\"']).*?\1|#.*", "", lines[n - 1])]
+        assert not bad, bad
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_no_function_takes_more_than_seven_parameters(path):
+    for kind, source in house.cells_of(path):
+        if kind != "export": continue
+        for f in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)):
+            count = len([a for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs if a.arg not in ("self", "cls")])
+            assert count <= 7, f"{f.name} takes {count} parameters"
 
 
 # ---- wings and rooms
 ROOMS = {f"{p.parent.name}.{p.stem.partition('_')[2]}": (WINGS.index(p.parent.name), int(p.stem.partition("_")[0])) for p in LIBRARY}
 
 
-def imported(path):
-    "Modules of this package that a module imports, anywhere in it."
-    package = ["penaltyanon", *path.relative_to(ROOT/"penaltyanon").parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(source, room):
+    "Modules of this package that a module, or the lessons of its notebook, import, anywhere in them."
+    package = ["penaltyanon", *room.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): full = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[:len(package) - node.level + 1] if node.level else []) + ("." if node.level and node.module else "") + (node.module or "")
@@ -88,7 +110,10 @@ def imported(path):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_wings_below_and_lower_rooms(room):
     wing, number = ROOMS[room]
-    above = [m for m in imported(ROOT/"penaltyanon"/f"{room.replace('.', '/')}.py") if ROOMS[m] >= (wing, number)]
+    module, notebook = ROOT/"penaltyanon"/f"{room.replace('.', '/')}.py", ROOT/"nbs"/WINGS[wing]/f"{number}_{room.partition('.')[2]}.ipynb"
+    lessons = "\n".join(source for kind, source in house.cells_of(notebook) if kind == "lesson")
+    used = {*imported(module.read_text(), room), *imported(lessons, room)}
+    above = [m for m in used if ROOMS[m] > (wing, number)]
     assert not above, f"{room} (wing {wing}, room {number}) imports {above}"
 
 
@@ -127,14 +152,32 @@ def test_nothing_unpickles_strangers_files():
 
 
 # ---- README, pins, the two commands
-def test_readme_is_the_index_notebook():
-    assert readme() == (ROOT/"README.md").read_text(), "run make readme"
+@pytest.mark.parametrize("page", ["README.md", "docs/glossary.md", "docs/results.md", "docs/architecture.svg"])
+def test_made_pages_are_current(page):
+    assert pages()[ROOT/page] == (ROOT/page).read_text(encoding="utf-8"), "run make pages"
 
 
-def test_readme_points_at_files_that_exist():
-    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT/"README.md").read_text())
-    missing = [l for l in links if not (ROOT/l).exists()]
-    assert links and not missing, missing
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT/"README.md").read_text(encoding="utf-8").split()) <= 1400
+
+
+def links(path):
+    "Relative links of a page, or of a notebook's prose."
+    text = "\n".join(source for kind, source in house.cells_of(path) if kind == "prose") if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    return re.findall(r"\]\((?!\w+:)([^)#\s]+)", text)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *EVERY], ids=name)
+def test_links_lead_to_files_that_exist(path):
+    missing = [l for l in links(path) if not (path.parent/l).exists()]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *EVERY], ids=name)
+def test_nothing_points_outside_the_repository(path):
+    outside = [l for l in links(path) if not (path.parent/l).resolve().is_relative_to(ROOT)]
+    assert not outside, outside
+    if path.suffix == ".ipynb": assert not re.findall(r"\b(?:method|audit|design|truth|house|winning)\.md\b(?!\))", "\n".join(s for _, s in house.cells_of(path)))
 
 
 def test_pins_are_in_the_ranges():

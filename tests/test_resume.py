@@ -15,7 +15,7 @@ from penaltyanon.core.run_folder import RunFolder
 from penaltyanon.core.settings import resolve, start_key
 from penaltyanon.data.datasets import ClipDataset
 from penaltyanon.data.sources import open_data
-from test_training import CPU, Data
+from test_training import CPU, quiet, streams
 
 
 @pytest.fixture(scope="module")
@@ -142,29 +142,29 @@ def test_data_that_changed_are_noticed(lab, start_attempt, change):
     finally: file.write_bytes(before); os.utime(file)
 
 
-# ---- the game alone, in this process: what else can go wrong
-def player(s, seed=0):
+# ---- minimax training alone, in this process: what else can go wrong
+def networks(s, seed=0):
     seed_everything(seed)
     return minimax.make_networks(s, freeze_batchnorm(UNet((16,), 0.5)), 3, CPU)
 
 
-def play(box, p=None, steps=6, **changes):
+def train(box, p=None, steps=6, **changes):
     s = resolve("smoke", precision="fp32", save_minutes=0.0, lr_anonymizer=1e-3, **changes)
-    p = p or player(s)
+    p = p or networks(s)
     box.mkdir(exist_ok=True)
-    keep = Checkpointer(box/"train.ckpt", s)
-    minimax.minimax(p, batches.EndlessBatches(Data(6), 3, 0), batches.EndlessBatches(Data(8), 4, 0), s, progress=False, steps=steps, keep=keep)
+    checkpointer = Checkpointer(box/"train.ckpt", s)
+    minimax.minimax(p, *streams(), quiet(s, checkpointer=checkpointer), steps=steps)
     return torch.cat([q.detach().flatten() for q in p.f_A.parameters()])
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory): return play(tmp_path_factory.mktemp("g")/"a")
+def weights(tmp_path_factory): return train(tmp_path_factory.mktemp("g")/"a")
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("at", [2, 3, 5])
 def test_a_disk_that_takes_no_more(tmp_path, monkeypatch, weights, kind, at):
-    "The error is one line, what was kept is whole, and with room again the game goes on from there."
+    "The error is one line, what was kept is whole, and with room again the training goes on from there."
     calls, fsync = [], os.fsync
     def full(fd):
         calls.append(fd)
@@ -172,23 +172,23 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch, weights, kind, at):
         fsync(fd)
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="cannot be written .*make room") as e: play(tmp_path/"k")
+        with pytest.raises(UserError, match="cannot be written .*make room") as e: train(tmp_path/"k")
     assert "\n" not in str(e.value) and not list((tmp_path/"k").glob(".*"))
     kept = read_checkpoint(tmp_path/"k"/"train.ckpt")["stage"]
     assert kept == ("begin" if at == 2 else "minimax")
-    assert torch.equal(play(tmp_path/"k", None if kept == "begin" else player(resolve("smoke"), seed=3)), weights)
+    assert torch.equal(train(tmp_path/"k", None if kept == "begin" else networks(resolve("smoke"), seed=3)), weights)
 
 
 def test_a_damaged_checkpoint_costs_one_interval(tmp_path, weights, capsys):
-    play(tmp_path/"k", steps=4)
+    train(tmp_path/"k", steps=4)
     last = tmp_path/"k"/"train.ckpt"
     data = bytearray(last.read_bytes()); data[len(data)//2] ^= 1; last.write_bytes(data)
-    assert torch.equal(play(tmp_path/"k", player(resolve("smoke"), seed=3)), weights)
+    assert torch.equal(train(tmp_path/"k", networks(resolve("smoke"), seed=3)), weights)
     assert "train.ckpt: damaged" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_kept(tmp_path):
-    with pytest.raises(UserError, match=r"loss_\w+ became (NaN|infinite) at step \d.*checkpoint"): play(tmp_path/"k", lr_action=1e30, lr_privacy=1e30)
+    with pytest.raises(UserError, match=r"loss_\w+ became (NaN|infinite) at step \d.*checkpoint"): train(tmp_path/"k", lr_action=1e30, lr_privacy=1e30)
     for path in (tmp_path/"k").glob("train.ckpt*"):
         parts = read_checkpoint(path)["state"].get("game", {})
         assert all(v.isfinite().all() for net in ("f_A", "f_B") for v in parts.get(net, {}).values() if v.is_floating_point())
@@ -202,13 +202,13 @@ def test_memory_that_runs_out_says_what_to_lower(tmp_path, monkeypatch, weights)
         return step(*args)
     with monkeypatch.context() as m:
         m.setattr(minimax, "anonymizer_step", hungry)
-        with pytest.raises(UserError, match="out of memory; lower batch_clips"): play(tmp_path/"k")
-    assert torch.equal(play(tmp_path/"k", player(resolve("smoke"), seed=3)), weights)
+        with pytest.raises(UserError, match="out of memory; lower batch_clips"): train(tmp_path/"k")
+    assert torch.equal(train(tmp_path/"k", networks(resolve("smoke"), seed=3)), weights)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    play(tmp_path/"k", steps=1)
-    with pytest.raises(UserError, match=r"other settings \(B: 0.3 and 0.7\)"): play(tmp_path/"k", B=0.7)
+    train(tmp_path/"k", steps=1)
+    with pytest.raises(UserError, match=r"other settings \(B: 0.3 and 0.7\)"): train(tmp_path/"k", B=0.7)
 
 
 def test_a_clip_that_vanishes_during_an_epoch_is_named(lab):

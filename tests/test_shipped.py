@@ -8,7 +8,7 @@ from penaltyanon.nets.anonymizers import load_anonymizer, save_anonymizer
 from penaltyanon.core.files import UserError, file_hash
 from penaltyanon.core.run_folder import RunFolder
 from penaltyanon.results.report import load_results
-from penaltyanon.evaluate.files import open_exported
+from penaltyanon.evaluate.files import open_anonymizer, open_exported
 from penaltyanon.nets.student import TinyNet
 from penaltyanon.results.tables import load_measurements
 from conftest import BIN
@@ -71,3 +71,20 @@ def test_any_size_and_the_answer_of_the_network(tmp_path, height, width):
     with torch.no_grad(): y, exact = open_exported(f"{path}#{file_hash(path)[:12]}")[0](x), net(((255*x).round()/255)).clamp(0, 1)
     assert y.shape == x.shape and (y - exact).abs().max() <= 0.51/255
     with pytest.raises(UserError, match="no longer the file"): open_exported(f"{path}#{'f'*12}")
+
+
+@pytest.mark.parametrize("kind", ["blur-strong", "pixelate@whole", "safetensors", "onnx"])
+def test_one_door_for_every_anonymizer(tmp_path, kind):
+    "Names, checkpoints and exported files come back under one contract: frames in, frames of the same shape out, in [0, 1]."
+    path = student(tmp_path/"student.safetensors", 3)
+    if kind == "onnx": export.export_onnx(path, tmp_path/"student.onnx", frames=export.probe_frames(8, 32, 32))
+    f_A, x = open_anonymizer({"safetensors": path, "onnx": tmp_path/"student.onnx"}.get(kind, kind), "cpu"), torch.rand(2, 3, 40, 56)
+    with torch.no_grad(): y = f_A(x)
+    assert not f_A.training and y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and (y - x).abs().mean() > 0.01
+    if kind in ("safetensors", "onnx"): assert (y - open_exported(path)[0](x)).abs().max() <= 2.5/255
+
+
+@pytest.mark.parametrize("spec, says", [("raw", "nearly the identity"), ("vita", "is trained first"), ("blur-strng", "did you mean"), ("nowhere.onnx", "no such file")])
+def test_the_door_refuses_what_the_command_refuses(spec, says):
+    with pytest.raises(UserError, match=says) as e: open_anonymizer(spec)
+    assert "\n" not in str(e.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from penaltyanon.sweep import grid, jobs
 from penaltyanon.core.settings import run_name
-from penaltyanon.sweep.cluster import scheduler_id, read_queue, run_on_cluster, submit_jobs
+from penaltyanon.sweep.cluster import ClusterResources, scheduler_id, read_queue, run_on_cluster, submit_jobs
 from penaltyanon.core.files import unlock_file, read_json, read_rows
 from penaltyanon.core.run_folder import RunFolder
 from penaltyanon.sweep.status import cancel_runs, find_jobs
@@ -109,7 +109,7 @@ def cells(tmp_path_factory):
     cells = grid.expand_grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", bootstrap=20, backbone="unet", decoder=[16])
     grid.prepare_data(cells[0])
     assert len(cells) == 6
-    return [replace(s, steps=150, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one game long enough to be killed in
+    return [replace(s, steps=150, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one minimax training long enough to be killed in
 
 
 def claims(root, s):
@@ -118,31 +118,31 @@ def claims(root, s):
 
 
 def test_a_sweep_through_slurm_with_a_job_killed_midway(slurm, cells, tmp_path, finish_attempt):
-    "Six jobs in an array; one is killed in its game and requeued by the scheduler; all results are those of the same notebooks without a scheduler."
-    root, how = tmp_path/"slurm", dict(jobs=2, options=dict(timeout_min=20, requeue=True))
+    "Six jobs in an array; one is killed in its minimax training and requeued by the scheduler; all results are those of the same notebooks without a scheduler."
+    root, resources = tmp_path/"slurm", ClusterResources(jobs=2, options=dict(timeout_min=20, requeue=True))
     todo = jobs.make_jobs(cells, root)
-    submit_jobs(todo, root, how, retries=0)
-    assert len({scheduler_id(j) for j in todo}) == 6 and submit_jobs(todo, root, how) == {}, "what is queued is not submitted twice"
+    submit_jobs(todo, root, resources, retries=0)
+    assert len({scheduler_id(j) for j in todo}) == 6 and submit_jobs(todo, root, resources) == {}, "what is queued is not submitted twice"
     victim = next(j for j in todo if j.settings.method == "penalty" and j.settings.B == 0.5)
-    wait_for(lambda: any(r["stage"] == "minimax" and r["step"] > 10 for r in read_rows(victim.path/"metrics.jsonl")), "the victim's game", 400)
+    wait_for(lambda: any(r["stage"] == "minimax" and r["step"] > 10 for r in read_rows(victim.path/"metrics.jsonl")), "the minimax training of the victim", 400)
     assert not (victim.path/"anonymizer.safetensors").exists()
     subprocess.run(["scontrol", "requeue", scheduler_id(victim)], check=True)
     wait_for(lambda: read_queue().get(scheduler_id(victim)) == "PENDING" or (victim.path/"attempts").is_dir(), "the requeue")
     subprocess.run(["scontrol", "update", f"jobid={scheduler_id(victim)}", "StartTime=now"])      # SLURM lets a requeued job rest for two minutes
-    done = run_on_cluster("slurm", cells, root, jobs=2, options=how["options"], retries=0)
-    assert {j.state for j in done} <= {"done", "kept"}, [(j.path.name, j.reason) for j in done]
+    done = run_on_cluster("slurm", cells, root, resources, retries=0)
+    assert {j.state for j in done} <= {"done", "already done"}, [(j.path.name, j.reason) for j in done]
     assert list((victim.path/"attempts").glob("train_anonymizer-*.ipynb")), "the attempt that was killed is kept"
     assert len(read_json(victim.path/"env.json")["resumed"]) == 2, "the second attempt, and the evaluation"
     for s in cells:                                        # the same notebooks, without a scheduler
         finish_attempt(s, tmp_path/"local", tmp_path/"log")
         assert claims(root, s) == claims(tmp_path/"local", s), run_name(s)
-    assert {j.state for j in run_on_cluster("slurm", cells, root)} == {"kept"} and {j.state for j in find_jobs(root)} == {"done"}
+    assert {j.state for j in run_on_cluster("slurm", cells, root)} == {"already done"} and {j.state for j in find_jobs(root)} == {"done"}
 
 
 def test_a_queued_sweep_can_be_cancelled(slurm, cells, tmp_path):
     root = tmp_path/"runs"
     todo = jobs.make_jobs(cells, root)
-    submit_jobs(todo, root, dict(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
+    submit_jobs(todo, root, ClusterResources(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
     for j in todo: RunFolder.create(root, j.settings); unlock_file(j.path.parent/"_jobs"/f"{j.path.name}.writing.lock")
     assert {j.state for j in find_jobs(root)} == {"queued"}
     assert len(cancel_runs(root)) == 6

@@ -1,11 +1,12 @@
 "The sweep: nothing misspelt starts, nothing DONE is redone, what fails is named, what hangs is started again."
-import os, subprocess, sys, time
+import base64, io, os, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
-from penaltyanon.sweep import grid, jobs, notebooks
+from PIL import Image
+from penaltyanon.sweep import grid, jobs, notebooks, status
 from penaltyanon.core.files import UsageError, UserError, read_json
 from penaltyanon.core.run_folder import RunFolder
-from penaltyanon.core.settings import resolve, run_name
+from penaltyanon.core.settings import resolve, run_name, settings_from
 
 
 def notebook(path, *sources, tagged=0):
@@ -26,9 +27,8 @@ def stage(tmp_path):
 from pathlib import Path
 from penaltyanon.core.files import UserError
 from penaltyanon.core.run_folder import RunFolder
-from penaltyanon.core.settings import resolve, run_name
-s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed,
-            action_data=action_data, privacy_data=privacy_data, attributes=attributes)
+from penaltyanon.core.settings import run_name, settings_from
+s = settings_from(globals())
 run = RunFolder(Path(run_root)/run_name(s), s)
 with open(run/"calls", "a") as f: f.write("x")
 if B == 0.9: raise UserError("B = 0.9 is out of order")
@@ -54,14 +54,14 @@ def test_an_unknown_parameter_stops_the_sweep_before_it_starts(tmp_path):
 def test_settings_survive_the_way_through_a_parameters_cell(preset, changes):
     for s in grid.expand_grid(preset, **changes):
         p = grid.run_parameters(s, "r")
-        back = resolve(p["preset"], **{k: p[k] for k in grid.NAMED}, **p["overrides"])
+        back = settings_from(p)
         assert back == s and run_name(back) == run_name(s)
         assert p["show_frames"] == all(d.startswith("puppets") for d in (s.action_data, s.privacy_data))
 
 
 def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(tmp_path, stage):
     cells = grid.expand_grid("smoke", methods=("penalty",), B=(0.1, 0.7, 0.9))
-    todo = jobs.run_jobs(cells, tmp_path/"runs", notebooks=(stage,), jobs=3, poll_s=0.1)
+    todo = jobs.run_jobs(cells, tmp_path/"runs", jobs.LocalResources(3), notebooks=(stage,), poll_s=0.1)
     forgot, good, bad = todo
     assert [j.state for j in todo] == ["failed", "done", "failed"]
     assert read_json(good.path/"results.json") == {"B": 0.7, "type": "float"}
@@ -70,7 +70,7 @@ def test_failures_are_named_finished_runs_are_kept_and_values_arrive_as_numbers(
     with pytest.raises(UserError, match="2 of 3 runs failed: .*B0.1.*; .*B0.9") as e: jobs.raise_failed(todo)
     assert "\n" not in str(e.value) and e.value.exit_code == 1
     again = jobs.run_jobs(cells[1:2] + cells[1:2], tmp_path/"runs", notebooks=(stage,), poll_s=0.1)
-    assert [j.state for j in again] == ["kept"] and (good.path/"calls").read_text() == "x"
+    assert [j.state for j in again] == ["already done"] and (good.path/"calls").read_text() == "x"
 
 
 @pytest.mark.parametrize("method, first", [("penalty", ["runs/train_anonymizer"]), ("blackening", ["runs/train_anonymizer"]), ("raw", []), ("oracle", [])])
@@ -125,6 +125,14 @@ def test_threads_of_a_job_are_what_was_asked(tmp_path):
     assert read_json(done)["cells"][-1]["outputs"][0]["text"] == "3\n"
 
 
+def test_an_executed_notebook_is_small(tmp_path):
+    "Two megabytes of noise are shown; the record holds a small picture of it."
+    nb = notebook(tmp_path/"noise.ipynb", "side = 100", "from PIL import Image\nImage.effect_noise((side, side), 80).convert('RGB')")
+    done = notebooks.run_notebook(nb, {"side": 1000}, tmp_path/"out.ipynb")
+    shown, = [o["data"]["image/png"] for c in read_json(done)["cells"] for o in c["outputs"]]
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (420, 420) and done.stat().st_size < 200_000
+
+
 @pytest.mark.parametrize("deaths, ends", [(1, "well"), (2, "badly")])
 def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, deaths, ends):
     "Two kernels that start at the same moment can take the same port; one of them dies."
@@ -143,7 +151,7 @@ def test_a_kernel_that_dies_at_birth_is_started_again(tmp_path, monkeypatch, dea
 
 # ---- retries, locks, GPUs, cancelling
 def planned_steps(plan):
-    "A unit of work that ends as planned: one entry for each attempt, None = done"
+    "Steps that end as planned: one entry for each attempt, None = done"
     def run_steps(job):
         yield
         if (reason := plan.pop(0)): raise UserError(reason)
@@ -170,7 +178,7 @@ def test_each_job_has_a_gpu_of_its_own_or_shares_it_as_asked(tmp_path, per_gpu, 
         at_work.remove(job.gpu)
         job.path.mkdir(parents=True); (job.path/"DONE").touch()
     cells = grid.expand_grid("smoke", methods=("raw",), seeds=range(6))
-    assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs=5, notebooks=(), run_steps=run_steps, gpus=("0", "2"), per_gpu=per_gpu, poll_s=0.01)} == {"done"}
+    assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs.LocalResources(5, gpus=("0", "2"), per_gpu=per_gpu), notebooks=(), run_steps=run_steps, poll_s=0.01)} == {"done"}
     assert max(most) == at_once
 
 
@@ -190,6 +198,16 @@ def test_a_cancelled_job_stops_and_is_not_tried_again(tmp_path):
     assert again.state == "done", "a new sweep begins without the old note"
 
 
+def test_a_record_of_an_older_version_is_read(tmp_path):
+    "Before 0.3 a job that was finished earlier was called kept."
+    cell, = grid.expand_grid("smoke", methods=("raw",))
+    run = RunFolder.create(tmp_path, cell)
+    run.finish({})
+    jobs.write_record(jobs.Job(cell, tmp_path, state="kept"))
+    found, = status.find_jobs(tmp_path)
+    assert found.state == "done" and jobs.make_jobs([cell], tmp_path, notebooks=())[0].state == jobs.ALREADY_DONE
+
+
 def test_a_thousandth_of_a_simulated_sweep(tmp_path):
     "Crashes, hangs, preemptions, two sweeps at once, one of them killed: every job is done exactly once. tools/simulate_sweep.py does 1,000."
     from simulate_sweep import simulate
@@ -204,8 +222,8 @@ def test_what_a_killed_sweep_started_dies_with_it_and_its_runs_are_free(tmp_path
     nb = notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), f"""
 import os, time; from pathlib import Path
 from penaltyanon.core.run_folder import RunFolder
-from penaltyanon.core.settings import resolve
-s = resolve(preset, **overrides, method=method, B=B, lam=lam, penalty=penalty, units=units, scope=scope, seed=seed, action_data=action_data, privacy_data=privacy_data, attributes=attributes)
+from penaltyanon.core.settings import settings_from
+s = settings_from(globals())
 run = RunFolder.create(run_root, s, resume=True)
 if not Path({str(pid)!r}).exists():
     Path({str(pid)!r}).write_text(str(os.getpid()))

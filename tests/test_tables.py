@@ -3,9 +3,10 @@ import re
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
-from conftest import FIGURES, ROOT, SHARED, code_cells
+from conftest import DRAWINGS, SHARED, TABLES, code_cells
 from penaltyanon.results import paper, tables
 from penaltyanon.core.files import UserError
+from synthetic import fake_action, fake_predicted_run as fake_run
 
 # ---- the transcription
 TEXT = next(iter(sorted((SHARED.parent/"paper").glob("000_*.txt"))), None)
@@ -55,11 +56,7 @@ def test_the_slips_that_the_audit_names_are_found():
     assert "I3D-R50" in notes and "exchanged" in notes and "19.93, is 15.93" in notes
 
 
-# ---- synthetic runs: the writer is the hidden cell of the lesson
-cell = next(c.source for c in code_cells(ROOT/"nbs/results/2_tables.ipynb") if "def fake_predictions(" in c.source)
-scope = {}
-exec("from pathlib import Path\nimport numpy as np\nfrom penaltyanon.core import resolve, settings_dict, write_json, write_yaml\n" + cell.split("tmp = tempfile")[0], scope)
-fake_run, fake_action = scope["fake_run"], scope["fake_action"]
+# ---- synthetic runs
 ACTION = dict(kind="action", sees="clips")
 TESTS = {"novel-action": ACTION | dict(on="hmdb51", test_data="puppets-b:S", model="r3d_small"), "novel-privacy": dict(on="vispr2", test_data="puppets-b-images:S"),
          "pahmdb-action": ACTION | dict(on="pa-hmdb51", model="r3d_small"), "action-r3d18": ACTION | dict(on="ucf101", model="r3d18"),
@@ -67,12 +64,12 @@ TESTS = {"novel-action": ACTION | dict(on="hmdb51", test_data="puppets-b:S", mod
          "raw-attacker": dict(learns_from="raw"), "raw-attacker-frames": dict(learns_from="raw", on="vp-ucf101"),
          "privacy-resnet18": dict(model="resnet18"), "privacy-resnet18-imagenet": dict(model="resnet18", weights="imagenet"), "privacy-mobilenet_v2": dict(model="mobilenet_v2")}
 VPHMDB = dict(action_data="puppets-b:SYNTHETIC", privacy_data="puppets-images:SYNTHETIC")
-FULL = [p for p in FIGURES if p.stem.startswith("table") or p.stem in ("pareto", "fig6to8_gallery")]
+FULL = [name for name in DRAWINGS if name.startswith("table") or name in ("pareto", "fig6to8_gallery")]
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    "Both games, two seeds, every further test; closed forms and a method nobody has heard of; B = 0.5 lacks its tests."
+    "Two training sets, two seeds, every further test; closed forms and a method nobody has heard of; B = 0.5 lacks its tests."
     root = tmp_path_factory.mktemp("SYNTHETIC")/"full"
     for seed in (0, 1):
         fake_run(root, "raw", seed=seed, right=95, shift=4., method="raw", tests=TESTS)
@@ -92,7 +89,7 @@ def test_rows_come_as_they_are_in_the_papers_order(full):
     assert t.rows.loc["spact", "UCF101 Top-1 % ↑"] == "—" and t.rows.loc["spact", "paper: UCF101 Top-1"] == "62.03"
 
 
-def test_the_two_games_keep_to_their_columns(full):
+def test_the_two_training_sets_keep_to_their_columns(full):
     t = tables.make_table("table1_known", full, repeats=50)
     assert t.rows.loc["raw", ["UCF101 Top-1 % ↑", "VPHMDB Top-1 % ↑", "PA-HMDB Top-1 % ↑"]].tolist() == ["95.0 [93.0, 97.0] ± 0.0", *["92.0 [90.0, 94.0] ± 0.0"]*2]
     novel = tables.make_table("table2_novel", full, repeats=50)
@@ -150,7 +147,7 @@ def test_a_plain_bootstrap_says_the_same():
 def test_unknown_labels_are_left_out():
     y = np.array([[1, np.nan], [0, 1], [1, 0], [0, np.nan]], float)
     p = tables.Predictions(np.array([[.9, 9], [.8, 1], [.7, 2], [.1, -9]]), y, np.arange(4).astype(str))
-    assert tables.mean_precisions(p.scores, p.labels, tables.counts(4, 3))[0] == pytest.approx(100*((1 + 2/3)/2 + 1/2)/2)
+    assert tables.mean_precisions(p.scores, p.labels, tables.resample_counts(4, 3))[0] == pytest.approx(100*((1 + 2/3)/2 + 1/2)/2)
 
 
 def test_hypervolume_equals_a_grid():
@@ -193,20 +190,32 @@ def execute(path, **parameters):
     plt.close("all")
 
 
-@pytest.mark.parametrize("path", FULL, ids=lambda p: p.stem)
-def test_notebooks_with_everything_there(path, full, tmp_path, capsys):
+def test_every_table_of_the_paper_has_a_notebook():
+    assert {*TABLES} == {*tables.TABLE_TEXTS} and {*TABLES, "table3_lambda"} == {*paper.PRINTED_TABLES}
+
+
+def test_an_unknown_table_is_one_line(full):
+    with pytest.raises(UserError, match="table4 is no table of this notebook; use table1_known, "): execute(DRAWINGS["table1_known"][0], runs=str(full), table="table4")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_notebooks_with_everything_there(name, full, tmp_path, capsys):
     "What old folders show is test_results.py's part."
-    execute(path, runs=str(full), out=str(tmp_path), repeats=100)
-    caption = (tmp_path/f"{path.stem}.caption.txt").read_text()
+    path, parameters = DRAWINGS[name]
+    execute(path, runs=str(full), out=str(tmp_path), repeats=100, **parameters)
+    caption = (tmp_path/f"{name}.caption.txt").read_text()
     assert "n = 100" in caption and "2 seeds" in caption and "B = 0.7: seed 0, 1 missing" in capsys.readouterr().out
-    if path.stem.startswith("table"):
-        assert "significant" in (tmp_path/f"{path.stem}.html").read_text() and (tmp_path/f"{path.stem}.differences.tex").exists() and "not comparable" in caption
-    if path.stem == "table1_known": assert "frames: a0" in (tmp_path/"table1_attributes.csv").read_text() and "30.0" in (tmp_path/"table1_attributes.md").read_text()
-    if path.stem == "pareto": assert {"newest", "blur", "penalty, all B"} <= set(pd.read_csv(tmp_path/"pareto.hypervolume.csv").method)
+    if name.startswith("table"):
+        assert "significant" in (tmp_path/f"{name}.html").read_text() and (tmp_path/f"{name}.differences.tex").exists() and "not comparable" in caption
+    assert (tmp_path/"table1_attributes.csv").exists() == (name == "table1_known")
+    if name == "table1_known": assert "frames: a0" in (tmp_path/"table1_attributes.csv").read_text() and "30.0" in (tmp_path/"table1_attributes.md").read_text()
+    if name == "pareto": assert {"newest", "blur", "penalty, all B"} <= set(pd.read_csv(tmp_path/"pareto.hypervolume.csv").method)
 
 
-@pytest.mark.parametrize("root", sorted(p for p in ROOT.glob("runs/*") if list(p.rglob("DONE")) and not list(p.rglob("predictions.npz"))), ids=lambda p: p.name)
-def test_runs_without_predictions_say_so(root):
-    t = tables.make_table("table1_known", root)
+def test_runs_without_predictions_say_so(tmp_path):
+    for label, B in (("raw", float("inf")), ("B = 0.3", .3)): fake_run(tmp_path/"SYNTHETIC", label, B, method="raw" if label == "raw" else "penalty", predictions=False)
+    t = tables.make_table("table1_known", tmp_path/"SYNTHETIC")
     assert (t.differences == "no predictions stored").all(axis=None) and t.differences.size and "no predictions stored" in t.caption
     assert t.rows.loc["raw", "UCF101 Top-1 % ↑"] != "—" and set(t.rows["PA-HMDB Top-1 % ↑"]) == {"—"}
+    tables.publish_table(tmp_path, t)
+    assert not t.compared and not list(tmp_path.glob("*.differences.*")), "nothing is exported that nothing was compared for"

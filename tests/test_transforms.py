@@ -1,11 +1,9 @@
 "Augmentation: one draw per clip, right axes, values in [0, 1], nothing but the generator decides."
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from penaltyanon.data import transforms
 from penaltyanon.core.files import UsageError
-from penaltyanon.data.transforms import colour_matrix, crop_box, recolour, train_clip
+from penaltyanon.data.transforms import Augmentation, center_clip, colour_matrix, crop_box, recolour, train_clip
 
-centre = transforms.center_clip
 quick = settings(max_examples=60, deadline=None)
 unit = st.floats(0, 1)
 
@@ -26,7 +24,7 @@ def test_crops_lie_inside_and_keep_the_aspect(h, w, factor, top, left):
 @given(t=st.integers(1, 6), h=st.integers(2, 70), w=st.integers(2, 70), size=st.integers(2, 48), seed=st.integers(0, 999), jitter=st.floats(0, 0.9))
 def test_any_clip_gives_a_clip(t, h, w, size, seed, jitter):
     clip = noise(t, h, w, seed); before = clip.clone()
-    for out in train_clip(clip, size, rng=seeded(seed), jitter=jitter), centre(clip, size):
+    for out in train_clip(clip, size, rng=seeded(seed), options=Augmentation(jitter=jitter)), center_clip(clip, size):
         assert out.shape == (3, t, size, size) and out.dtype == torch.float32 and out.is_contiguous()
         assert 0 <= out.min() and out.max() <= 1 and out.isfinite().all()
     assert torch.equal(clip, before)                                        # the stored clip is not touched
@@ -49,28 +47,28 @@ def test_the_generator_decides_and_nothing_else():
 
 
 def test_centre_crop_of_a_wide_frame():
-    "Audit (l): 192 rows by 256 columns of 240 x 320, no black rows, no swap, channels in their places."
+    "192 rows by 256 columns of 240 x 320, no black rows, no swap, channels in their places."
     window = torch.zeros(2, 3, 240, 320, dtype=torch.uint8)
     window[:, :, 24:216, 32:288] = torch.tensor([250, 120, 30], dtype=torch.uint8)[:, None, None]
-    out = centre(window, 56)
+    out = center_clip(window, 56)
     assert torch.allclose(out, (torch.tensor([250, 120, 30]) / 255)[:, None, None, None].expand_as(out), atol=0.01)
     rows = torch.arange(240, dtype=torch.uint8)[:, None].expand(2, 3, 240, 320)     # brightness = row
-    out = centre(rows, 56)
+    out = center_clip(rows, 56)
     assert (out.diff(dim=-2) > 0).all() and (out.diff(dim=-1).abs() < 1e-6).all()
 
 
 def test_options_off_leave_crop_and_resize():
-    off = dict(flip=False, jitter=0, grey=0, erase=0)
-    assert torch.allclose(train_clip(noise(), 24, (1, 1), seeded(0), **off), centre(noise(), 24, 1.0))
+    off = Augmentation(flip=False, jitter=0, grey=0, erase=0)
+    assert torch.allclose(train_clip(noise(), 24, (1, 1), seeded(0), off), center_clip(noise(), 24, 1.0))
     for s in range(30):                                                     # a crop to the right, never a mirror image
         columns = torch.arange(40, dtype=torch.uint8).expand(2, 3, 30, 40)
-        assert (train_clip(columns, 24, rng=seeded(s), **off).diff(dim=-1) >= 0).all()
+        assert (train_clip(columns, 24, rng=seeded(s), options=off).diff(dim=-1) >= 0).all()
 
 
 def test_flip_is_one_for_the_clip_and_half_of_the_time():
-    off = dict(jitter=0, grey=0, erase=0)
+    off = Augmentation(jitter=0, grey=0, erase=0)
     columns = torch.arange(40, dtype=torch.uint8).expand(2, 3, 30, 40)
-    signs = [torch.sign(train_clip(columns, 24, rng=seeded(s), **off).diff(dim=-1)).mean((1, 2, 3)) for s in range(200)]
+    signs = [torch.sign(train_clip(columns, 24, rng=seeded(s), options=off).diff(dim=-1)).mean((1, 2, 3)) for s in range(200)]
     assert all(len(set(s.round().tolist())) == 1 for s in signs)
     assert 70 < sum(s[0] < 0 for s in signs) < 130
 
@@ -86,11 +84,11 @@ def test_colour_changes_keep_grey_grey(b, s, h, c, grey):
 def test_erased_boxes_stay_inside_and_have_their_size():
     white = torch.full((3, 3, 48, 48), 255, dtype=torch.uint8)
     for s in range(100):
-        out = train_clip(white, 48, (1, 1), seeded(s), flip=False, jitter=0, grey=0, erase=1.0)
+        out = train_clip(white, 48, (1, 1), seeded(s), Augmentation(flip=False, jitter=0, grey=0, erase=1.0))
         black = (out[0, 0] == 0)
         assert 8 * 8 <= black.sum() <= 2 * 16 * 16 and set(out.unique().tolist()) == {0.0, 1.0}
 
 
 def test_errors():
-    for call in lambda: centre(noise(), 24, 0), lambda: centre(noise(), 24, 1.5), lambda: train_clip(noise(), 24, (80, 80)), lambda: train_clip(noise() / 255, 24):
+    for call in lambda: center_clip(noise(), 24, 0), lambda: center_clip(noise(), 24, 1.5), lambda: train_clip(noise(), 24, (80, 80)), lambda: train_clip(noise() / 255, 24):
         with pytest.raises(UsageError, match="crop =|give uint8"): call()

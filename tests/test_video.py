@@ -1,5 +1,5 @@
 "Reading: the frames asked for and no others, from every kind of file; damage is found, real clips are not mistaken for it."
-import csv, random, wave
+import csv, os, random, subprocess, sys, wave
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from conftest import SHARED
@@ -45,7 +45,28 @@ def test_every_frame_is_counted(files, name): assert frame_count(files[name]) ==
 
 
 def jumped(path, wanted, count):
-    with video._open_video(path) as (v, s): return video._decode_seeking(v, s, wanted, video._rgb_converter(None), count)
+    with video.open_video(path) as (v, s): return video._decode_seeking(v, s, wanted, video._rgb_converter(None), count)
+
+
+def test_importing_the_reader_does_not_import_pytorch():
+    "The command reads videos on devices that have none."
+    code = "import sys, penaltyanon.data.video; print([m for m in sys.modules if m.startswith(('torch', 'einops'))])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_cover_is_not_the_video(tmp_path):
+    "A cover image is stored as a stream of its own; frames come from the other one."
+    av = video.av
+    with av.open(str(tmp_path/"a.mp4"), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1, width=32, height=32, pix_fmt="yuvj420p")
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream("mpeg4", rate=25, width=96, height=48, pix_fmt="yuv420p")
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 255, np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+        for frame in numbered(9): container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path/"a.mp4")) as container: assert len(container.streams.video) == 2
+    assert frame_count(tmp_path/"a.mp4") == 9 and number(read_frames(tmp_path/"a.mp4", [0, 8])) == [0, 8]
 
 
 def test_jumps_only_where_time_stamps_can_be_trusted(files):
@@ -118,8 +139,8 @@ def test_what_is_read_is_what_was_written(tmp_path, codec):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_video(tmp_path/"a.avi", numbered(5)); old = path.read_bytes()
-    monkeypatch.setattr(video.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(VideoError, match="disk full"): write_video(path, numbered(9))
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match="a.avi: cannot be written .disk full"): write_video(path, numbered(9))
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
@@ -132,7 +153,7 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, files):
     (tmp_path/"empty.avi").touch(); (tmp_path/"text.mp4").write_text("hello" * 1000)
     sound = tmp_path/"sound.wav"
     with wave.open(str(sound), "wb") as w: w.setnchannels(1); w.setsampwidth(2); w.setframerate(8000); w.writeframes(bytes(16000))
-    for bad, why in ((tmp_path/"empty.avi", "fetch the file again"), (tmp_path/"text.mp4", "fetch the file again"), (tmp_path/"none.avi", "no such file"), (sound, "no video stream"), (tmp_path, "fetch the file again")):
+    for bad, why in ((tmp_path/"empty.avi", "fetch the file again"), (tmp_path/"text.mp4", "fetch the file again"), (tmp_path/"none.avi", "No such file"), (sound, "no video stream"), (tmp_path, "fetch the file again")):
         for read in frame_count, lambda p: read_frames(p, [0]):
             with pytest.raises(VideoError, match=why) as e: read(bad)
             assert str(bad) in str(e.value) and "\n" not in str(e.value)

@@ -5,8 +5,9 @@ import pytest
 from packaging.requirements import Requirement
 from conftest import FIGURES, ROOT, RUNS, python, run
 
-MODULES = sorted(p.stem for p in ROOT.glob("penaltyanon/*.py") if not p.stem.startswith("_"))
-ON_A_CAMERA = ("cli", "core", "streams", "guards", "anonymize", "export", "deploy")
+PACKAGE = ROOT/"penaltyanon"
+MODULES = sorted(".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_"))
+ON_A_CAMERA = ("cli", "core.files", "core.machine", "core.settings", "core.run_folder", "data.video", *(m for m in MODULES if m.startswith("edge.")))
 CAMERA_MB = 350
 
 
@@ -89,7 +90,8 @@ def test_a_camera_imports(edge, module, tmp_path): inside(edge, f"import penalty
 def exported(tmp_path_factory):
     "A student that inverts its frames, exported by the environment of this test"
     import torch
-    from penaltyanon.edge.export import export_onnx, probe_frames
+    from penaltyanon.edge.export import export_onnx
+    from penaltyanon.edge.guards import probe_frames
     from penaltyanon.nets.student import TinyNet
     net = TinyNet((4, 4, 4))
     net.head.bias.data = torch.tensor([-1.0]*12 + [1.0]*12)

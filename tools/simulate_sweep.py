@@ -11,9 +11,10 @@ from pathlib import Path
 import nbformat
 
 from penaltyanon.core.files import UserError, write_json
+from penaltyanon.core.machine import die_with_parent
 from penaltyanon.core.settings import resolve
-from penaltyanon.sweep.jobs import run_jobs
-from penaltyanon.sweep.notebooks import _die_with_parent, wait_for_process, run_notebook
+from penaltyanon.sweep.jobs import ALREADY_DONE, LocalResources, run_jobs
+from penaltyanon.sweep.notebooks import run_notebook, wait_for_process
 
 RATES = dict(crash=0.10, hang=0.03, preempted=0.10)     # of attempts
 WATCHDOG_S = 1.0
@@ -29,21 +30,22 @@ def fake_steps(root: Path, rates: dict, draw: random.Random):
             if (fate := fate - share) < 0: break
         else: end = ""
         work = DIES.get(end) or f'echo done >> "{root}/done/{job.path.name}" && : > "{job.path}/DONE"'
-        process = subprocess.Popen(["sh", "-c", f': > "{job.path}/begun-$$" ; {work}' if end != "hang" else work], start_new_session=True, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(["sh", "-c", f': > "{job.path}/begun-$$" ; {work}' if end != "hang" else work], start_new_session=True, preexec_fn=die_with_parent)
         hung = yield from wait_for_process(process, lambda: end != "hang", WATCHDOG_S)
         if hung or process.returncode: raise UserError(f"{end or process.returncode}")
     return run_steps
 
 
-def grid(n: int): return [resolve("smoke", method="raw", seed=i) for i in range(n)]
+def make_grid(n: int): return [resolve("smoke", method="raw", seed=i) for i in range(n)]
 
 
 def sweep(root: Path, n: int, seed: int, rates: dict, at_once: int = 8):
     "One sweep; whatever fails is tried again until it works"
-    cells = grid(n)
-    random.Random(seed).shuffle(cells)                     # two sweeps seldom want the same job at the same moment; here they do now and then
-    todo = run_jobs(cells, root, jobs=at_once, notebooks=(), poll_s=0.005, retries=50, gpus=(), run_steps=fake_steps(root, rates, random.Random(seed)))
-    assert {j.state for j in todo} <= {"done", "kept"}, [j.reason for j in todo if j.state == "failed"]
+    settings = make_grid(n)
+    random.Random(seed).shuffle(settings)                  # two sweeps seldom want the same job at the same moment; here they do now and then
+    todo = run_jobs(settings, root, LocalResources(at_once, gpus=()), notebooks=(), retries=50, poll_s=0.005,
+                    run_steps=fake_steps(root, rates, random.Random(seed)))
+    assert {j.state for j in todo} <= {"done", ALREADY_DONE}, [j.reason for j in todo if j.state == "failed"]
     return sum(j.tries for j in todo)
 
 

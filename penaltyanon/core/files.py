@@ -30,9 +30,9 @@ class UsageError(UserError):
 
 # %% ../../nbs/core/0_files.ipynb #c009
 def nearest(
-    name: str,     # what was written
-    known,         # iterable of the names that exist
-) -> str:          # the known name most like it
+    name: str,   # what was written
+    known,       # iterable of the names that exist
+) -> str:        # the known name most like it
     "The known name that is most like `name`, for `did you mean` lines."
     return difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.0)[0]
 
@@ -66,8 +66,8 @@ def atomic_write(
 
 # %% ../../nbs/core/0_files.ipynb #h002
 def file_hash(
-    path,   # file
-) -> str:   # 64 hexadecimal digits
+    path: str | Path,   # file
+) -> str:               # 64 hexadecimal digits
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -84,19 +84,19 @@ def to_plain(
 
 # %% ../../nbs/core/0_files.ipynb #c019
 def write_json(
-    path,   # file to write, atomically
-    obj,    # what `plain` understands
-) -> Path:  # the path written
+    path: str | Path,   # file to write, atomically
+    obj,                # what `to_plain` understands
+) -> Path:              # the path written
     "Write `obj` as indented JSON."
     return atomic_write(path, json.dumps(to_plain(obj), indent=1, allow_nan=False) + "\n")
 
 # %% ../../nbs/core/0_files.ipynb #c020
 def _parse_file(
-    path,    # file to read
-    parse,   # text to object
-    kind,    # "JSON" or "YAML", for the error line
-):           # what `parse` made of it
-    "Parse a text file; whatever is wrong with it is said in one line that names it."
+    path: str | Path,   # file to read
+    parse,              # text to object
+    kind: str,          # "JSON" or "YAML", for the error line
+):                      # what `parse` made of it
+    "Parse a text file; every failure is a `UserError`."
     try: return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from e
@@ -105,54 +105,63 @@ def _parse_file(
 
 # %% ../../nbs/core/0_files.ipynb #c021
 def read_json(
-    path,   # JSON file
-):          # its content
+    path: str | Path,   # JSON file
+):                      # its content
     "Read a JSON file."
     return _parse_file(path, json.loads, "JSON")
 
 # %% ../../nbs/core/0_files.ipynb #c024
 def write_yaml(
-    path,   # file to write, atomically
-    obj,    # dictionaries, lists, tuples and plain values
-) -> Path:  # the path written
+    path: str | Path,   # file to write, atomically
+    obj,                # dictionaries, lists, tuples and plain values
+) -> Path:              # the path written
     "Write `obj` as YAML, keys in their own order."
-    return atomic_write(path, yaml.safe_dump(obj, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
+    text = yaml.safe_dump(obj, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return atomic_write(path, text)
 
 # %% ../../nbs/core/0_files.ipynb #c025
 def read_yaml(
-    path,   # YAML file
-):          # its content; never a Python object
+    path: str | Path,   # YAML file
+):                      # its content; never a Python object
     "Read a YAML file with the safe loader."
     return _parse_file(path, yaml.safe_load, "YAML")
 
 # %% ../../nbs/core/0_files.ipynb #c090
 def read_rows(
-    path,             # metrics.jsonl
-) -> list[dict]:      # its complete rows, none where there is no file
+    path: str | Path,   # metrics.jsonl
+) -> list[dict]:        # its complete rows, none where there is no file
     "Rows of a file of JSON lines; what a kill cut in half is left out."
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1] if Path(path).exists() else []
-    return [json.loads(line) for line in lines]
+    path = Path(path)
+    if not path.exists(): return []
+    complete = path.read_text(encoding="utf-8").split("\n")[:-1]     # what follows the last line break is cut or empty
+    return [json.loads(line) for line in complete]
 
 # %% ../../nbs/core/0_files.ipynb #h028
-_LOCKS = {}
+_LOCKS = {}    # absolute path -> lock that this process holds
 
 def lock_file(
-    path,                  # of the lock file
-    wait_s: float = 60.,   # how long another process may take to let go, seconds
+    path: str | Path,      # of the lock file
+    wait_s: float = 60.,   # how long another process may take to unlock it, seconds
 ) -> None:
     "Be the only process that works there, until `unlock_file` or the end of this process."
     from filelock import FileLock, Timeout
     path = Path(path).absolute()
     if path in _LOCKS: return
-    lock = FileLock(path)
-    try: path.parent.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=wait_s)
-    except Timeout: raise UserError(f"{path.stem}: another process works on this run; wait for it, or `penaltyanon cancel {path.parent.parent}`") from None
-    except OSError as e: raise UserError(f"{path.parent}: cannot be written ({e.strerror or e}); choose another folder or make room") from e
+    lock, sweep = FileLock(path), path.parent.parent
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        raise UserError(f"{path.stem}: another process works on this run; "
+                        f"wait for it, or `penaltyanon cancel {sweep}`") from None
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path.parent}: cannot be written ({reason}); choose another folder or make room") from e
     _LOCKS[path] = lock
 
 # %% ../../nbs/core/0_files.ipynb #h029
 def unlock_file(
-    path,   # of the lock file
+    path: str | Path,   # of the lock file
 ) -> None:
     "Release what `lock_file` took."
     lock = _LOCKS.pop(Path(path).absolute(), None)

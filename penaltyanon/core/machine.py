@@ -30,7 +30,9 @@ def seed_everything(
 ) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
     import torch    # here and not above: settings and errors must not wait for it
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)    # NumPy's seeds have 32 bits
+    torch.manual_seed(seed)
 
 # %% ../../nbs/core/1_machine.ipynb #h035
 def resolve_device(
@@ -96,15 +98,22 @@ def _package_version(
     except metadata.PackageNotFoundError: return None
 
 # %% ../../nbs/core/1_machine.ipynb #c033
-def _git_state() -> dict:
-    "Commit of the checkout that this package is imported from; None when it is not one."
+def _run_git(
+    folder: Path,
+    *args: str,    # e.g. "rev-parse", "HEAD"
+) -> str | None:   # what it prints; None when it fails or is not installed
+    "Ask git about a folder."
+    command = ["git", "-C", str(folder), *args]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+# %% ../../nbs/core/1_machine.ipynb #7d37edf4
+def _git_state() -> dict:   # commit, and whether files differ from it; None when this is no checkout
+    "Commit of the checkout that this package is imported from."
     folder = Path(importlib.util.find_spec("penaltyanon").origin).parent
-    def git(*args):
-        try: r = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired): return None
-        return r.stdout.strip() if r.returncode == 0 else None
-    if not git("ls-files", "__init__.py"): return {"commit": None, "dirty": None}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    if not _run_git(folder, "ls-files", "__init__.py"): return {"commit": None, "dirty": None}
+    return {"commit": _run_git(folder, "rev-parse", "HEAD"), "dirty": bool(_run_git(folder, "status", "--porcelain"))}
 
 # %% ../../nbs/core/1_machine.ipynb #c034
 def _cpu_name() -> str:
@@ -115,13 +124,21 @@ def _cpu_name() -> str:
 
 # %% ../../nbs/core/1_machine.ipynb #c035
 def capture_env(
-    device: str = "cpu",   # device of the run: "cpu", "cuda", "cuda:1", "mps"; "auto" is said as what it becomes here
+    device: str = "cpu",   # of the run: cpu | cuda | cuda:N | mps; `auto` is recorded as what it becomes here
 ) -> dict:                 # goes to env.json
     "Versions, machine, commit and date."
     import torch
     if device == "auto": device = resolve_device()
-    cuda = str(device).startswith("cuda") and torch.cuda.is_available()
-    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
-            "platform": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "device": str(device), "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-            "versions": {p: _package_version(p) for p in PACKAGES}, **_git_state()}
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "versions": {package: _package_version(package) for package in PACKAGES},
+        **_git_state(),
+    }

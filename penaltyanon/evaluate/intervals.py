@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 def resample_counts(
     n: int,               # test records, >= 1
     repeats: int = 1000,  # resamples
-    seed: int = 0,
+    seed: int = 0,        # of the generator
 ) -> Float[np.ndarray, "r n"]:   # r = repeats + 1; the first line is the test set itself
-    "How often each record is drawn in each bootstrap resample"
+    "How often each record is drawn in each bootstrap resample."
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), repeats)
     return np.concatenate([np.ones((1, n)), drawn]).astype(np.float32)
 
@@ -23,43 +23,46 @@ def resample_counts(
 def accuracies(
     probabilities: Float[np.ndarray, "n k"],   # of n videos
     labels: Int[np.ndarray, "n"],              # true classes
-    w: Float[np.ndarray, "r n"],               # from `counts`
+    w: Float[np.ndarray, "r n"],               # from `resample_counts`
 ) -> Float[np.ndarray, "r"]:                   # percent
-    "Top-1 of every resample"
+    "Top-1 of every resample."
     return 100*(w @ (probabilities.argmax(1) == labels))/w.sum(1)
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #c008
 def percentile_interval(
     values: Float[np.ndarray, "r"],   # a score of every resample; the first, the test set itself, is left out
 ) -> list[float]:                     # [low, high]; NaN when it cannot be had
-    "Percentile bootstrap 95 % interval"
+    "Percentile bootstrap 95 % interval."
     drawn = values[1:][~np.isnan(values[1:])]
     return np.percentile(drawn, [2.5, 97.5]).tolist() if len(drawn) else [float("nan")]*2
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #c012
 def precisions(
-    scores: Float[np.ndarray, "n"],
+    scores: Float[np.ndarray, "n"],   # higher: rather 1
     labels: Float[np.ndarray, "n"],   # 0 or 1
-    w: Float[np.ndarray, "r n"],
+    w: Float[np.ndarray, "r n"],      # from `resample_counts`
 ) -> Float[np.ndarray, "r"]:          # [0, 1]; NaN where a resample holds only one of the two labels
-    "Average precision of every resample"
-    i = np.argsort(-scores, kind="stable")
-    s, hits, all_ = scores[i], (w[:, i]*labels[i]).cumsum(1), w[:, i].cumsum(1)
-    ends = np.append(s[1:] != s[:-1], True)
-    hits, all_ = hits[:, ends], all_[:, ends]
-    P, N = hits[:, -1], all_[:, -1]
+    "Average precision of every resample."
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    ends = np.append(falling[1:] != falling[:-1], True)  # the last record of each group of equal scores
+    hits = (w[:, order]*labels[order]).cumsum(1)[:, ends]
+    seen = w[:, order].cumsum(1)[:, ends]
+    positives, total = hits[:, -1], seen[:, -1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        ap = (np.diff(hits, axis=1, prepend=0)*np.where(all_ > 0, hits/all_, 0)).sum(1)/P
-    return np.where((P > 0) & (P < N), ap, np.nan)
+        precision = np.where(seen > 0, hits/seen, 0)
+        ap = (np.diff(hits, axis=1, prepend=0)*precision).sum(1)/positives
+    return np.where((positives > 0) & (positives < total), ap, np.nan)
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #c014
 def mean_precisions(
     logits: Float[np.ndarray, "n k"],   # of an attribute attacker
     labels: Float[np.ndarray, "n k"],   # 0, 1 or NaN for unknown
-    w: Float[np.ndarray, "r n"],        # from `counts`
+    w: Float[np.ndarray, "r n"],        # from `resample_counts`
 ) -> Float[np.ndarray, "r"]:            # percent; NaN where nothing can be measured
-    "cMAP of every resample: the mean over attributes that can be measured in it"
-    known = ~np.isnan(labels)
-    each = np.stack([precisions(logits[k, j], labels[k, j], w[:, k]) if k.any() else np.full(len(w), np.nan) for j, k in enumerate(known.T)])
+    "cMAP of every resample: the mean over attributes that can be measured in it."
+    each = np.full((labels.shape[1], len(w)), np.nan)
+    for j, known in enumerate(~np.isnan(labels.T)):
+        if known.any(): each[j] = precisions(logits[known, j], labels[known, j], w[:, known])
     measurable = ~np.isnan(each)
     with np.errstate(invalid="ignore"): return 100*np.where(measurable, each, 0).sum(0)/measurable.sum(0)

@@ -16,12 +16,12 @@ from .anonymizers import ARCHITECTURES, apply_at_any_size, check_frames
 
 # %% ../../nbs/nets/6_student.ipynb #c006
 def conv_relu(
-    before: int,     # channels that come in
-    after: int,      # channels that go out
+    c_in: int, # channels that come in
+    c_out: int, # channels that go out
     stride: int = 1, # 2 halves height and width
 ) -> nn.Sequential:
-    "A 3 x 3 convolution and a ReLU: nothing that 8-bit arithmetic is bad at."
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.ReLU())
+    "A 3 x 3 convolution and a ReLU."
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.ReLU())
 
 # %% ../../nbs/nets/6_student.ipynb #c009
 class TinyNet(nn.Module):
@@ -34,16 +34,14 @@ class TinyNet(nn.Module):
         half, quarter, eighth = widths
         self.down = nn.ModuleList([conv_relu(3, half, 2), conv_relu(half, quarter, 2), conv_relu(quarter, eighth, 2)])
         self.middle = nn.Sequential(conv_relu(eighth, eighth), conv_relu(eighth, quarter))
-        self.up = nn.ModuleList([nn.Sequential(conv_relu(quarter, quarter), conv_relu(quarter, half)), conv_relu(half, half)])
+        up = nn.Sequential(conv_relu(quarter, quarter), conv_relu(quarter, half))
+        self.up = nn.ModuleList([up, conv_relu(half, half)])
         self.head = nn.Conv2d(half, 24, 3, 1, 1)
         nn.init.zeros_(self.head.weight)
         self.head.bias.data = torch.tensor([1.0] * 12 + [0.0] * 12)
 
-    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        check_frames(x)
-        return apply_at_any_size(self.redraw, x)
-
-    def redraw(self, x):
+    def redraw(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        "Frames whose sides are multiples of 16 to frames."
         a = self.down[0](x - 0.5)
         b = self.down[1](a)
         c = self.middle(self.down[2](b))
@@ -52,7 +50,11 @@ class TinyNet(nn.Module):
         gain, offset = F.pixel_shuffle(self.head(a), 2).chunk(2, dim=1)
         return (gain * x + offset).clamp(0, 1)
 
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        check_frames(x)
+        return apply_at_any_size(self.redraw, x)
+
 # %% ../../nbs/nets/6_student.ipynb #c016
-STUDENTS = {"small": (8, 16, 24), "medium": (16, 24, 32), "large": (24, 48, 64)}  # widths at 1/2, 1/4, 1/8
+STUDENTS = {"small": (8, 16, 24), "medium": (16, 24, 32), "large": (24, 48, 64)} # widths at 1/2, 1/4, 1/8
 
 ARCHITECTURES["TinyNet"] = TinyNet

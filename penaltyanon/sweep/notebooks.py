@@ -4,86 +4,142 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'notebook_parameters', 'check_parameters', 'has_started', 'wait_for_process', 'last_error',
-           'drop_progress_bars', 'run_notebook_steps', 'run_notebook']
+           'shrink_png', 'lighten_notebook', 'run_notebook_steps', 'run_notebook']
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #a1c140a9
-import ast, ctypes, importlib.util, os, re, signal, subprocess, sys, time
+import ast
+import base64
+import importlib.util
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import penaltyanon
 from ..core.files import UsageError, UserError, read_json, write_json, write_yaml
+from ..core.machine import die_with_parent
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c027
 def find_notebook(
     name: str | Path,   # "runs/train_anonymizer", "figures/fig3_penalty", or a path to any .ipynb
 ) -> Path:
-    "A run or figure notebook, from a clone or from the installed package"
+    "A run or figure notebook, from a clone or from the installed package."
     if str(name).endswith(".ipynb"): return Path(name)
-    here = Path(__file__).resolve().parents[1]
-    for folder in (here/"nbs", here.parent/"nbs"):
+    package = Path(penaltyanon.__file__).resolve().parent
+    installed, clone = package/"nbs", package.parent/"nbs"
+    for folder in (installed, clone):
         if (folder/f"{name}.ipynb").is_file(): return folder/f"{name}.ipynb"
-    raise UserError(f"notebook {name}.ipynb is neither in {here.parent/'nbs'} nor in {here/'nbs'}; install penaltyanon again")
+    raise UserError(f"notebook {name}.ipynb is neither in {clone} nor in {installed}; install penaltyanon again")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #8acb08d2
+def _parameters_source(
+    path: str | Path,   # a notebook
+) -> str:
+    "The source of a notebook's one parameters cell."
+    tagged = [cell for cell in read_json(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise UserError(f"{path} has {len(tagged)} cells tagged 'parameters'; a run notebook has exactly one")
+    return "".join(tagged[0]["source"])
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c029
 def notebook_parameters(
     path: str | Path,   # a notebook
 ) -> dict:              # name -> default
-    "The literals of a notebook's one parameters cell"
-    tagged = [c for c in read_json(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1: raise UserError(f"{path} has {len(tagged)} cells tagged 'parameters'; a run notebook has exactly one")
-    statements = ast.parse("".join(tagged[0]["source"])).body
-    try: return {a.targets[0].id: ast.literal_eval(a.value) for a in statements}
-    except (AttributeError, ValueError): raise UserError(f"the parameters cell of {path} holds more than `name = literal`") from None
+    "The literals of a notebook's one parameters cell."
+    statements = ast.parse(_parameters_source(path)).body
+    try: return {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
+    except (AttributeError, ValueError):
+        raise UserError(f"the parameters cell of {path} holds more than `name = literal`") from None
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c030
 def check_parameters(
     path: str | Path,   # a notebook
     parameters: dict,   # what papermill is about to pass
-):
-    "Papermill only warns of an unknown parameter; here it is an error"
+) -> None:
+    "Raise a `UsageError` when a notebook lacks one of the parameters."
     known = notebook_parameters(path)
     for name in parameters:
-        if name not in known: raise UsageError(f"{Path(path).name} has no parameter {name!r}; it has {', '.join(known)}")
+        if name not in known:
+            raise UsageError(f"{Path(path).name} has no parameter {name!r}; it has {', '.join(known)}")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #c2ad9e9c
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #10a9e813
+def _process_env(
+    threads: int,   # of each library; 0 leaves the environment as it is
+    more: dict,     # variables of this process alone
+) -> dict[str, str]:
+    "The environment of a notebook's process."
+    limits = {name: str(threads) for name in _THREAD_VARIABLES} if threads else {}
+    return {**os.environ, **limits, **more}
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #a16f87ae
+_PAPERMILL = ("import sys; sys.modules['rfc3987_syntax'] = None; "
+              "from papermill.cli import papermill; papermill(prog_name='papermill')")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #0ff72169
+def _papermill_command(
+    source: Path,           # the notebook
+    output: Path,           # where its executed copy goes
+    parameter_file: Path,   # YAML
+) -> list[str]:
+    "What executes one notebook, saving it every half minute."
+    options = ("-f", parameter_file, "--no-progress-bar", "--autosave-cell-every", "30")
+    return [str(word) for word in (sys.executable, "-c", _PAPERMILL, source, output, *options)]
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #c036
+def _start_papermill(
+    source: Path,       # the notebook
+    output: Path,       # where its executed copy goes
+    parameters: dict,   # checked
+    log: Path,          # takes what papermill prints; the parameters lie beside it as .yaml
+    threads: int,       # as in `_process_env`
+    more: dict,         # as in `_process_env`
+) -> subprocess.Popen:
+    "Start papermill on one notebook."
+    command = _papermill_command(source, output, write_yaml(log.with_suffix(".yaml"), parameters))
+    with open(log, "w") as f:
+        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=_process_env(threads, more),
+                                start_new_session=True, preexec_fn=die_with_parent)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #c038
+def _stop_process(
+    process: subprocess.Popen,   # with a session of its own
+    patience_s: float = 5.,      # seconds between asking and insisting
+) -> None:
+    "End papermill and its kernel."
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None: return
+        os.killpg(process.pid, sign)
+        try: process.wait(patience_s)
+        except subprocess.TimeoutExpired: pass
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c035
 def has_started(
     output: Path,   # the notebook that papermill is writing
 ) -> bool:
-    "Is the first code cell through?"
+    "Whether the first code cell is through."
     try: cells = read_json(output)["cells"]
     except (UserError, OSError, KeyError, TypeError): return False
-    return any(c["cell_type"] == "code" and c["metadata"].get("papermill", {}).get("status") == "completed" for c in cells)
-
-# %% ../../nbs/sweep/1_notebooks.ipynb #c036
-def _die_with_parent():
-    "On Linux: when a sweep is killed, so is what it started"
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill(prog_name='papermill')"
-
-def _start_papermill(source, output, parameters, log, threads, more):
-    "Start papermill on one notebook; parameters by file, because `-p` makes strings of numbers"
-    write_yaml(log.with_suffix(".yaml"), parameters)
-    names = "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS".split()
-    env = {**os.environ, **{n: str(threads) for n in names if threads}, **more}
-    command = [sys.executable, "-c", _PAPERMILL, source, output, "-f", log.with_suffix(".yaml"), "--no-progress-bar", "--autosave-cell-every", "30"]
-    with open(log, "w") as f:
-        return subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_parent)
-
-# %% ../../nbs/sweep/1_notebooks.ipynb #c038
-def _stop_process(process):
-    "End papermill and its kernel"
-    for sign in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is not None: return
-        os.killpg(process.pid, sign)
-        try: process.wait(5)
-        except subprocess.TimeoutExpired: pass
+    statuses = [c["metadata"].get("papermill", {}).get("status") for c in cells if c["cell_type"] == "code"]
+    return "completed" in statuses
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #h711
 def wait_for_process(
-    process,                 # Popen with a session of its own
-    has_begun,               # () -> is it past its start?
-    start_s: float,          # seconds it may take to get there
-):   # generator; its value: did it hang?
-    "Yield while a process works; end one that does not get going, or that nobody waits for any more"
+    process: subprocess.Popen,       # with a session of its own
+    has_begun: Callable[[], bool],   # is it past its start?
+    start_s: float,                  # seconds it may take to get there
+):                                   # generator; its value: did it hang?
+    "Yield while a process works; end one that does not get going, or that nobody waits for any more."
     since, begun = time.monotonic(), False
     try:
         while process.poll() is None and (begun or time.monotonic() - since < start_s):
@@ -96,79 +152,189 @@ def wait_for_process(
 def last_error(
     log: Path,   # what papermill printed
 ) -> str:        # one line
-    "The line that says why: the last one papermill printed, without colours"
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace")) if log.exists() else ""
-    lines = [l.strip() for l in text.splitlines() if l.strip()]
+    "The last line that papermill printed, without colours and without the name of our own errors."
+    text = log.read_text(errors="replace") if log.exists() else ""
+    without_colours = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.strip() for line in without_colours.splitlines() if line.strip()]
     return re.sub(r"^([\w.]+\.)?(UserError|UsageError|VideoError): ", "", lines[-1]) if lines else "no output"
 
+# %% ../../nbs/sweep/1_notebooks.ipynb #37b69677
+def _start_failure(
+    log: Path,        # what papermill printed
+    hung: bool,       # did the watchdog end it?
+    start_s: float,   # seconds it had
+) -> str:             # "" when it failed later
+    "Why a notebook did not get going."
+    reason = last_error(log)
+    if "Kernel died before replying" in reason: return reason     # two kernels took the same port
+    return f"did not get through its first cell in {start_s:g} s" if hung else ""
+
 # %% ../../nbs/sweep/1_notebooks.ipynb #c041
-def _apply_carriage_returns(text: str) -> str:
-    "Text after its carriage returns have done their work; lines left blank by a bar are dropped"
-    lines = [l.rstrip("\r").rpartition("\r")[2].rstrip() for l in text.split("\n")]
-    return "".join(f"{l}\n" for l in lines if l)
+def _apply_carriage_returns(
+    text: str,   # what a program wrote to a terminal
+) -> str:        # what one would see there; lines left blank by a bar are dropped
+    "Text after its carriage returns have done their work."
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    return "".join(f"{line}\n" for line in lines if line)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #c513b659
+def _join_streams(
+    outputs: list[dict],   # of one cell
+) -> list[dict]:
+    "The outputs of a cell with consecutive pieces of one stream joined, and its text as one string."
+    joined = []
+    for output in outputs:
+        if "text" not in output: joined.append(output)
+        elif joined and joined[-1].get("name") == output["name"]: joined[-1]["text"] += "".join(output["text"])
+        else: joined.append(output | {"text": "".join(output["text"])})
+    return joined
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #327c5f9e
+def _read_rgb(
+    png: bytes,
+) -> Image.Image:
+    "A picture on white paper."
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #3fa0eec6
+def _is_drawing(
+    image: Image.Image,   # RGB
+) -> bool:                # curves on white paper, not frames
+    "Whether a picture is wider than high and mostly white."
+    sample = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
+    white_share = (sample == 255).all(axis=-1).mean()
+    return bool(image.height < image.width and white_share > 0.55)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #b66e691a
+def _small_size(
+    image: Image.Image,
+    is_drawing: bool,
+) -> tuple[int, int]:   # pixels
+    "Width and height of a drawing at most 720 wide, of frames at most 420 wide and 512 high."
+    width, height = image.size
+    scale = min(1, 720 / width) if is_drawing else min(1, 420 / width, 512 / height)
+    return round(width * scale), round(height * scale)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #497dd608
+def shrink_png(
+    png: bytes,   # a picture, encoded
+) -> bytes:       # what is small already comes back as it is
+    "A picture in few pixels and few colours, as PNG."
+    image = _read_rgb(png)
+    is_drawing = _is_drawing(image)
+    image = image.resize(_small_size(image, is_drawing), Image.Resampling.LANCZOS)
+    image = image.quantize(32 if is_drawing else 64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    image.save(small, "PNG", optimize=True)
+    return min(png, small.getvalue(), key=len)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #5078c414
+def _shrink_picture(
+    output: dict,   # of a cell, changed in place
+) -> None:
+    "Make the picture of an output small, if it holds one; a copy of it as JPEG goes."
+    encoded = output.get("data", {}).get("image/png")
+    if not encoded: return
+    png = base64.b64decode("".join(encoded))
+    output["data"]["image/png"] = base64.b64encode(shrink_png(png)).decode() + "\n"
+    output["data"].pop("image/jpeg", None)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #86b0fcd4
+def _lighten_outputs(
+    outputs: list[dict],   # of one cell
+) -> list[dict]:
+    "The outputs of a cell with what was drawn over itself as it was seen last, and with small pictures."
+    outputs = _join_streams(outputs)
+    for output in outputs:
+        if "\r" in output.get("text", ""): output["text"] = _apply_carriage_returns(output["text"])
+        _shrink_picture(output)
+    return outputs
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c042
-def drop_progress_bars(
+def lighten_notebook(
     path: Path,   # an executed notebook, changed in place
-):
-    "Join pieces of one stream, of what was drawn over itself keep what was seen last, and forget where on this machine it lay"
+) -> None:
+    "Keep of progress bars what was seen last, make pictures small, and forget the folders of this machine."
     nb = read_json(path)
-    about = nb["metadata"].get("papermill", {})
-    about.update({k: Path(about[k]).name for k in ("input_path", "output_path") if about.get(k)})
+    record = nb["metadata"].get("papermill", {})
+    for key in ("input_path", "output_path"):
+        if record.get(key): record[key] = Path(record[key]).name
     for cell in nb["cells"]:
-        joined = []
-        for out in cell.get("outputs", []):
-            if "text" in out and joined and joined[-1].get("name") == out["name"]: joined[-1]["text"] += "".join(out["text"])
-            else: joined.append(out | ({"text": "".join(out["text"])} if "text" in out else {}))
-        for out in joined:
-            if "\r" in out.get("text", ""): out["text"] = _apply_carriage_returns(out["text"])
-        if "outputs" in cell: cell["outputs"] = joined
+        if "outputs" in cell: cell["outputs"] = _lighten_outputs(cell["outputs"])
     write_json(path, nb)
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #19b8365e
+def _next_number(
+    folder: Path,   # of earlier attempts
+    stem: str,      # of the notebook's name
+) -> int:           # 1 for the first
+    "The number of the next attempt."
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.ipynb")]
+    return 1 + max(numbers, default=0)
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #h700
 def _archive_attempt(
     output: Path,   # an executed notebook, maybe of an attempt that failed
     log: Path,      # what papermill printed then
-):
-    "Earlier attempts go to `attempts/`, numbered; the place itself is for the last one"
+) -> None:
+    "Move an earlier attempt to `attempts/`; the place itself is for the last one."
     if not output.exists(): return
     folder = output.parent/"attempts"
     folder.mkdir(exist_ok=True)
-    k = 1 + max([int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{output.stem}-*.ipynb")], default=0)
-    if log.exists(): os.replace(log, folder/f"{output.stem}-{k}.log")
-    os.replace(output, folder/f"{output.stem}-{k}.ipynb")
+    name = f"{output.stem}-{_next_number(folder, output.stem)}"
+    if log.exists(): os.replace(log, folder/f"{name}.log")
+    os.replace(output, folder/f"{name}.ipynb")
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #7552645f
+def _check_notebook(
+    name: str | Path,   # as in `find_notebook`
+    parameters: dict,   # what papermill is about to pass
+) -> Path:              # the notebook
+    "A notebook that papermill can run with these parameters."
+    source = find_notebook(name)
+    if not importlib.util.find_spec("papermill"):
+        raise UserError('papermill runs the notebooks and is not installed: pip install "penaltyanon[run]"')
+    check_parameters(source, parameters)
+    return source
+
+# %% ../../nbs/sweep/1_notebooks.ipynb #3aeb02c7
+_START_TRIES = 2
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c044
 def run_notebook_steps(
-    name: str | Path,        # notebook, as in `find_notebook`
-    parameters: dict,        # passed by file, checked first
-    output: str | Path,      # the executed notebook
-    threads: int = 1,        # OMP_NUM_THREADS of the process; 0 leaves it alone
-    start_s: float = 180.,   # seconds a notebook may take to get through its first code cell
-    tries: int = 2,          # a notebook that does not get going, or whose kernel dies at birth, is started once more
-    attempts: bool = False,  # keep the notebook of an earlier attempt in `attempts/`
-    env: dict = {},          # environment variables of the process, beside those that are there
-):
-    "Run a notebook by papermill: yields while it works, raises `UserError` with its last words when it fails"
-    source, output = find_notebook(name), Path(output)
-    if not importlib.util.find_spec("papermill"): raise UserError('papermill runs the notebooks and is not installed: pip install "penaltyanon[run]"')
-    check_parameters(source, parameters)
+    name: str | Path,          # notebook, as in `find_notebook`
+    parameters: dict,          # passed by file, checked first
+    output: str | Path,        # the executed notebook
+    threads: int = 1,          # OMP_NUM_THREADS of the process; 0 leaves it alone
+    start_s: float = 180.,     # seconds a notebook may take to get through its first code cell
+    attempts: bool = False,    # keep the notebook of an earlier attempt in `attempts/`
+    env: dict | None = None,   # environment variables of the process, beside those that are there
+) -> Iterator[None]:
+    "Run a notebook by papermill: yields while it works, raises `UserError` with its last line when it fails."
+    source, output = _check_notebook(name, parameters), Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.with_suffix(".log")
-    for left in reversed(range(tries)):
+    for _ in range(_START_TRIES):
         if attempts: _archive_attempt(output, log)
         output.unlink(missing_ok=True)
-        process = _start_papermill(source, output, parameters, log, threads, env)
+        process = _start_papermill(source, output, parameters, log, threads, env or {})
         hung = yield from wait_for_process(process, lambda: has_started(output), start_s)
         if process.returncode == 0: break
-        lost = "Kernel died before replying" in (words := last_error(log))   # two kernels took the same port
-        if not lost and not hung: raise UserError(f"{source.name}: {words} (see {log})")
-        if not left: raise UserError(f"{source.name} {words if lost else f'did not get through its first cell in {start_s:g} s'}, {tries} times (see {log})")
-    drop_progress_bars(output)
-    for f in (log, log.with_suffix(".yaml")): f.unlink(missing_ok=True)
+        reason = _start_failure(log, hung, start_s)
+        if not reason: raise UserError(f"{source.name}: {last_error(log)} (see {log})")
+    else:
+        raise UserError(f"{source.name} {reason}, {_START_TRIES} times (see {log})")
+    lighten_notebook(output)
+    for path in (log, log.with_suffix(".yaml")): path.unlink(missing_ok=True)
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c045
-def run_notebook(name, parameters, output, **options) -> Path:
-    "`follow` to the end"
+def run_notebook(
+    name: str | Path,     # as in `find_notebook`
+    parameters: dict,     # checked first
+    output: str | Path,   # the executed notebook
+    **options,            # threads, start_s, attempts, env of `run_notebook_steps`
+) -> Path:                # `output`
+    "Run a notebook to its end."
     for _ in run_notebook_steps(name, parameters, output, **options): time.sleep(0.1)
     return Path(output)

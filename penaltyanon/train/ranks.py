@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -23,88 +22,105 @@ from ..core.settings import Settings
 @dataclass(frozen=True)
 class Ranks:
     "The processes that share a batch, seen from one of them."
-    fabric: Any = None   # a launched `Fabric`; None: there is only this one
+    fabric: Any = None  # a launched `Fabric`; None: there is only this one
     rank = property(lambda self: self.fabric.global_rank if self.fabric else 0)
     world_size = property(lambda self: self.fabric.world_size if self.fabric else 1)
-    is_first = property(lambda self: self.rank == 0)   # the one that writes and speaks
+    is_first = property(lambda self: self.rank == 0)  # the one that writes files and prints
 
-    def mean(self, x: Tensor) -> Tensor:   # of the same shape, without gradient
+    def mean(self, x: Tensor) -> Tensor:  # of the same shape, without gradient
         "The mean over all ranks."
         return self.fabric.all_reduce(x.detach().clone(), reduce_op="mean") if self.fabric else x
 
     def gather(self,
-        z: Tensor,        # (v m, ...) of this rank, first views first
-        views: int = 2,   # v
-    ) -> Tensor:          # (v W m, ...) of all ranks, first views first; gradients come back to where they belong
+        z: Tensor,  # (v m, ...) of this rank, first views first
+        views: int = 2,  # v
+    ) -> Tensor:  # (v W m, ...) of all ranks, first views first; gradients come back to where they belong
         "The rows of every rank."
         if not self.fabric: return z
-        return rearrange(self.fabric.all_gather(z, sync_grads=z.requires_grad), "w (v m) ... -> (v w m) ...", v=views)
+        rows = self.fabric.all_gather(z, sync_grads=z.requires_grad)
+        return rearrange(rows, "w (v m) ... -> (v w m) ...", v=views)
 
     def shard(self, batch: list) -> list:
         "This rank's share of the indices of a batch."
         return batch[self.rank::self.world_size]
 
-# %% ../../nbs/train/1_ranks.ipynb #c007
 ALONE = Ranks()
 
+# %% ../../nbs/train/1_ranks.ipynb #c007
 def average_gradients(
-    net: nn.Module,   # whose gradients are filled, on every rank
+    net: nn.Module,  # its gradients are filled
     ranks: Ranks,
 ):
     "Give every rank the mean gradient, in one message."
     if ranks.world_size == 1: return
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     flat = ranks.mean(torch.cat([g.flatten() for g in grads]))
-    for g, new in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+    parts = flat.split([g.numel() for g in grads])
+    for grad, mean in zip(grads, parts): grad.copy_(mean.view_as(grad))
 
 # %% ../../nbs/train/1_ranks.ipynb #c008
 def average_row(
-    row: dict,   # name -> number
+    row: dict,  # name -> number
     ranks: Ranks,
-) -> dict:
-    "What is logged: the mean over the ranks."
+) -> dict:  # what is logged
+    "The mean over the ranks of every number of a row."
     if ranks.world_size == 1: return row
-    return dict(zip(row, ranks.mean(torch.tensor(list(row.values()), dtype=torch.float64)).tolist()))
-
-# %% ../../nbs/train/1_ranks.ipynb #h002
-def batchnorm_over_ranks(
-    m,               # a BatchNorm layer
-    ranks: Ranks,
-    x: Tensor,       # (n, c, ...)
-) -> Tensor:
-    "What a BatchNorm layer makes of this rank's part of a batch, by the statistics of all parts."
-    if not m.training: return type(m).forward(m, x)
-    dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1]*(x.ndim - 2)
-    over = lambda value: ranks.gather(value.float().mean(dims)[None], 1).mean(0)
-    mean = over(x)
-    var = over((x.float() - mean.view(shape)).square())
-    if m.track_running_stats: _update_running_statistics(m, mean.detach(), var.detach(), ranks.world_size*x.numel()//x.shape[1])
-    return ((x - mean.view(shape))*(var + m.eps).rsqrt().view(shape)*m.weight.view(shape) + m.bias.view(shape)).to(x.dtype)
+    values = torch.tensor(list(row.values()), dtype=torch.float64)
+    return dict(zip(row, ranks.mean(values).tolist()))
 
 # %% ../../nbs/train/1_ranks.ipynb #h003
 @torch.no_grad()
-def _update_running_statistics(m, mean, var, count):
-    "Running statistics, as BatchNorm keeps them"
-    m.num_batches_tracked += 1
-    m.running_mean.lerp_(mean, m.momentum)
-    m.running_var.lerp_(var*count/max(1, count - 1), m.momentum)
+def _update_running_statistics(
+    norm: nn.Module,
+    mean: Tensor,  # (c,)
+    var: Tensor,  # (c,), biased
+    count: int,  # values per channel
+):
+    "As BatchNorm does it: the variance unbiased."
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(var*count/max(1, count - 1), norm.momentum)
 
+# %% ../../nbs/train/1_ranks.ipynb #h002
+def batchnorm_over_ranks(
+    norm: nn.Module,  # a BatchNorm layer
+    ranks: Ranks,
+    x: Tensor,  # (n, c, ...), this rank's part of a batch
+) -> Tensor:  # as `x`
+    "What a BatchNorm layer makes of this rank's part, by the statistics of all parts."
+    if not norm.training: return type(norm).forward(norm, x)
+    dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1]*(x.ndim - 2)
+    def mean_of_all(value): return ranks.gather(value.float().mean(dims)[None], 1).mean(0)
+    mean = mean_of_all(x)
+    var = mean_of_all((x.float() - mean.view(shape)).square())
+    if norm.track_running_stats:
+        _update_running_statistics(norm, mean.detach(), var.detach(), ranks.world_size*x.numel()//x.shape[1])
+    scale = (var + norm.eps).rsqrt()
+    return ((x - mean.view(shape))*scale.view(shape)*norm.weight.view(shape) + norm.bias.view(shape)).to(x.dtype)
+
+# %% ../../nbs/train/1_ranks.ipynb #848f52d0
 def share_batchnorm(
-    net: nn.Module,   # changed in place
+    net: nn.Module,  # changed in place
     ranks: Ranks,
 ):
     "Let every BatchNorm layer of a network see the whole batch."
-    for m in net.modules() if ranks.world_size > 1 else ():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = functools.partial(batchnorm_over_ranks, m, ranks)
+    if ranks.world_size == 1: return
+    for layer in net.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.forward = functools.partial(batchnorm_over_ranks, layer, ranks)
 
 # %% ../../nbs/train/1_ranks.ipynb #c012
 def check_shareable(
-    s: Settings,   # devices, batch_clips, batch_images, scope, method
+    s: Settings,  # devices, batch_clips, batch_images, scope, method
 ):
     "Refuse settings whose batches several processes cannot share."
     if s.devices == 1: return
+    def refuse(why): raise UsageError(f"devices={s.devices}: {why}")
     for name in ("batch_clips", "batch_images"):
-        if getattr(s, name) % s.devices: raise UsageError(f"devices={s.devices}: {name}={getattr(s, name)} cannot be shared evenly; take a multiple of {s.devices}")
-    if s.batch_images < 2*s.devices: raise UsageError(f"devices={s.devices}: {name}={s.batch_images} leaves a process one image; take at least {2*s.devices}")
-    if s.scope == "batch": raise UsageError(f"devices={s.devices}: scope=batch measures all clips at once and cannot be shared; use scope=clip")
-    if s.method == "stprivacy": raise UsageError(f"devices={s.devices}: method=stprivacy counts the tokens of a whole batch and cannot be shared; use devices=1")
+        size = getattr(s, name)
+        if size % s.devices: refuse(f"{name}={size} cannot be shared evenly; take a multiple of {s.devices}")
+    if s.batch_images < 2*s.devices:
+        refuse(f"batch_images={s.batch_images} leaves a process one image; take at least {2*s.devices}")
+    if s.scope == "batch": refuse("scope=batch measures all clips at once and cannot be shared; use scope=clip")
+    if s.method == "stprivacy":
+        refuse("method=stprivacy counts the tokens of a whole batch and cannot be shared; use devices=1")
