@@ -95,7 +95,7 @@ def test_demo_reports_what_finished_and_still_fails(tmp_path, monkeypatch, capsy
     from penaltyanon.sweep import grid, jobs
     from penaltyanon.results import report
     asked = []
-    def run_jobs(cells, out, **k):
+    def run_jobs(cells, out, resources, **k):
         asked.extend(cells)
         fake_run(out, "raw", 1.0, 0, (90., 80.), "raw")
         todo = [jobs.Job(s, out, state="done") for s in cells]

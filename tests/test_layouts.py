@@ -77,3 +77,8 @@ def test_what_is_there_is_not_overwritten(root, tmp_path):
 def test_what_cannot_be_made_is_refused(tmp_path, bad):
     with pytest.raises(UsageError, match=f"layouts: {next(iter(bad))} = "): write_layouts(tmp_path/"x", **bad)
     assert not (tmp_path/"x").exists()
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="sise"): write_layouts(tmp_path/"x", sise=64)
+    assert not list(tmp_path.iterdir())

@@ -208,3 +208,8 @@ def test_nothing_is_overwritten(tmp_path):
 def test_bad_parameters(tmp_path, bad):
     with pytest.raises(UsageError, match=f"puppets: {next(iter(bad))} = "): write_puppets(tmp_path/"p", **bad)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="sise"): write_puppets(tmp_path/"p", sise=64)
+    assert not list(tmp_path.iterdir())

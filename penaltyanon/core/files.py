@@ -36,6 +36,14 @@ def nearest(
     "The known name that is most like `name`, for `did you mean` lines."
     return difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.0)[0]
 
+# %% ../../nbs/core/0_files.ipynb #53c36ca0
+def _explain_unwritable(
+    path: Path,       # what could not be written
+    error: OSError,   # what the system said
+) -> UserError:
+    "Why nothing can be written there, and the way out."
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder or make room")
+
 # %% ../../nbs/core/0_files.ipynb #a6597d9f
 @contextmanager
 def atomic_path(
@@ -49,8 +57,7 @@ def atomic_path(
         yield temporary
         with open(temporary, "r+b") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}); choose another folder or make room") from e
+    except OSError as e: raise _explain_unwritable(path, e) from e
     finally:
         if temporary.parent.is_dir(): temporary.unlink(missing_ok=True)
 
@@ -136,9 +143,10 @@ def read_rows(
     complete = path.read_text(encoding="utf-8").split("\n")[:-1]     # what follows the last line break is cut or empty
     return [json.loads(line) for line in complete]
 
-# %% ../../nbs/core/0_files.ipynb #h028
+# %% ../../nbs/core/0_files.ipynb #7b6c171a
 _LOCKS = {}    # absolute path -> lock that this process holds
 
+# %% ../../nbs/core/0_files.ipynb #h028
 def lock_file(
     path: str | Path,      # of the lock file
     wait_s: float = 60.,   # how long another process may take to unlock it, seconds
@@ -154,9 +162,7 @@ def lock_file(
     except Timeout:
         raise UserError(f"{path.stem}: another process works on this run; "
                         f"wait for it, or `penaltyanon cancel {sweep}`") from None
-    except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f"{path.parent}: cannot be written ({reason}); choose another folder or make room") from e
+    except OSError as e: raise _explain_unwritable(path.parent, e) from e
     _LOCKS[path] = lock
 
 # %% ../../nbs/core/0_files.ipynb #h029

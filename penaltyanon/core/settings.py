@@ -297,15 +297,22 @@ def check_keys(
     for key in given:
         if key not in known: raise UsageError(f"{key}: no such parameter; did you mean {nearest(key, known)}?")
 
+# %% ../../nbs/core/2_settings.ipynb #1b25b04d
+def _check_preset(
+    preset: str,
+) -> None:
+    "Raise a `UsageError` naming the nearest preset when there is none of this name."
+    if preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UsageError(f"{preset}: no such preset (there are {known}); did you mean {nearest(preset, PRESETS)}?")
+
 # %% ../../nbs/core/2_settings.ipynb #c071
 def resolve(
     preset: str = "smoke",   # a key of PRESETS
     **overrides,             # any field of Settings
 ) -> Settings:               # complete and checked
     "A preset, with what the method needs, with some values replaced."
-    if preset not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise UsageError(f"{preset}: no such preset (there are {known}); did you mean {nearest(preset, PRESETS)}?")
+    _check_preset(preset)
     check_keys(overrides)
     method = str(overrides.get("method", "penalty"))
     own = METHOD_DEFAULTS.get(method, {})

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..core.files import UsageError
 from .records import Record, attributes_at, is_video
-from .transforms import Augmentation, center_clip, train_clip
+from .transforms import Augmentation, center_clip, check_crop_factor, train_clip
 from .video import read_frames, read_image, sample_indices
 
 # %% ../../nbs/data/4_datasets.ipynb #c065
@@ -49,6 +48,15 @@ class FrameStore:
             self.used += frames.nbytes
         return self.decoded[key]
 
+# %% ../../nbs/data/4_datasets.ipynb #d573d7d4
+def _missing_records(
+    store: FrameStore,
+    records: Sequence[Record],
+    short_side: int,  # pixels
+) -> list[Record]:
+    "The records whose frames are not in memory."
+    return [r for r in records if (r.path, short_side) not in store.decoded]
+
 # %% ../../nbs/data/4_datasets.ipynb #2f3ace00
 def _fill_store(
     store: FrameStore,
@@ -56,11 +64,11 @@ def _fill_store(
     short_side: int,  # pixels
 ):
     "Decode all records in threads; beyond the limit they are decoded each time they are used."
-    todo = [r for r in records if (r.path, short_side) not in store.decoded]
+    todo = _missing_records(store, records, short_side)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(lambda r: store.get(r, short_side), todo)
         for _ in tqdm(decoded, "decoding", len(todo), disable=len(todo) < 50): pass
-    if any((r.path, short_side) not in store.decoded for r in todo):
+    if _missing_records(store, todo, short_side):
         warnings.warn(f"data do not fit in {store.limit / 2**30:.1f} GB of memory: the rest is decoded each time; "
                       "take a smaller size or cache=false", stacklevel=2)
 
@@ -108,7 +116,7 @@ class _RecordDataset(Dataset):
         seed: int = 0,
         **augment,  # options of `Augmentation`: flip, jitter, grey, erase
     ):
-        if not 0 < crop <= 1: raise UsageError(f"crop = {crop}; use a part of the side, above 0 and at most 1")
+        check_crop_factor(crop)
         self.records, self.train = tuple(records), train
         self.cache, self.seed = cache, seed
         self.size, self.crop, self.augment = size, crop, Augmentation(**augment)

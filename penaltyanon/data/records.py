@@ -29,6 +29,8 @@ from .video import VIDEO_SUFFIXES, VideoError, frame_count, read_image
 
 # %% ../../nbs/data/2_records.ipynb #2bcba0f2
 Attributes = tuple[float, ...]  # 0 or 1 each, NaN = unknown
+
+# %% ../../nbs/data/2_records.ipynb #310fbf67
 Spans = tuple[tuple[int, int, Attributes], ...]  # (first frame, last frame, attributes) of stretches of a video
 
 # %% ../../nbs/data/2_records.ipynb #c005
@@ -120,6 +122,17 @@ def _file_key(
     stat = path.stat()
     return f"{INDEX_RULE}-{stat.st_size}-{stat.st_mtime_ns}"
 
+# %% ../../nbs/data/2_records.ipynb #f95c2e13
+def _map_in_threads(
+    compute: Callable,
+    paths: list[Path],
+    title: str,  # of the progress bar, which appears from 50 files on
+) -> list:  # results, in order
+    "Compute something for every file, as many at a time as there are cores."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(compute, paths)
+        return list(tqdm(found, title, len(paths), disable=len(paths) < 50))
+
 # %% ../../nbs/data/2_records.ipynb #c015
 def _compute_once(
     root: Path,  # folder that the names are relative to
@@ -131,12 +144,21 @@ def _compute_once(
     file, keys = _cache_file(root, kind), {n: _file_key(root/n) for n in names}
     known = _load_cache(file)
     todo = [n for n in dict.fromkeys(names) if known.get(n, [""])[0] != keys[n]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(compute, [root/n for n in todo])
-        for result, n in zip(tqdm(found, f"{kind} of {root.name}", len(todo), disable=len(todo) < 50), todo):
-            known[n] = [keys[n], result]
+    results = _map_in_threads(compute, [root/n for n in todo], f"{kind} of {root.name}")
+    known |= {n: [keys[n], result] for n, result in zip(todo, results)}
     if todo: _save_cache(file, known)
     return {n: known[n][1] for n in names}
+
+# %% ../../nbs/data/2_records.ipynb #a5ec2827
+def _warn_of_damage(
+    root: Path,
+    damaged: tuple[tuple[str, str], ...],  # (name, reason)
+    total: int,  # number of files
+):
+    "Name the files that are left out, the first five."
+    if not damaged: return
+    first = ", ".join(f"{n} ({reason})" for n, reason in damaged[:5])
+    warnings.warn(f"{root}: {len(damaged)} of {total} files left out as damaged: {first}", stacklevel=3)
 
 # %% ../../nbs/data/2_records.ipynb #h010
 def index_files(
@@ -146,9 +168,7 @@ def index_files(
     "Decode every file once; damaged ones are named and left out."
     found = _compute_once(root, names, "index", _probe_file)
     damaged = tuple((n, found[n][1]) for n in names if found[n][1])
-    if damaged:
-        first = ", ".join(f"{n} ({reason})" for n, reason in damaged[:5])
-        warnings.warn(f"{root}: {len(damaged)} of {len(names)} files left out as damaged: {first}", stacklevel=2)
+    _warn_of_damage(root, damaged, len(names))
     return {n: found[n][0] for n in names if not found[n][1]}, damaged
 
 # %% ../../nbs/data/2_records.ipynb #h012
@@ -161,6 +181,8 @@ def content_hashes(
 
 # %% ../../nbs/data/2_records.ipynb #c019
 VP_ATTRIBUTES = ("skin_color", "face", "gender", "nudity", "relationship")  # columns of the official VP labels
+
+# %% ../../nbs/data/2_records.ipynb #ef420940
 BOOKKEEPING_COLUMNS = {  # of label tables: never an attribute
     "file", "class", "class_idx_official", "split", "split1", "split2", "split3", "group", "clip", "index", "id",
 }
@@ -245,16 +267,26 @@ def _label_at(
     "One attribute of one frame; where spans overlap the first holds."
     return next((value for first, last, value in spans if first <= frame <= last), math.nan)
 
+# %% ../../nbs/data/2_records.ipynb #98d70843
+def _binary_spans(
+    clip: dict,  # attribute -> [[first, last, level or levels], ...]
+) -> dict[str, list[tuple[int, int, float]]]:  # attribute -> [(first, last, 0 or 1), ...]
+    "One clip's labels, visible or not."
+    spans = {name: [] for name in PA_VISIBLE}
+    for name, visible in PA_VISIBLE.items():
+        for first, last, level in clip.get(name, []):
+            spans[name].append((int(first), int(last), float(np.max(level) >= visible)))
+    return spans
+
 # %% ../../nbs/data/2_records.ipynb #c028
 def _merge_spans(
     clip: dict,  # attribute -> [[first, last, level or levels], ...]
 ) -> Spans:  # in order, without overlap
     "One clip's labels as stretches of frames in which nothing changes."
-    labels, cuts = {name: [] for name in PA_VISIBLE}, set()
-    for name, visible in PA_VISIBLE.items():
-        for first, last, level in clip.get(name, []):
-            labels[name].append((int(first), int(last), float(np.max(level) >= visible)))
-            cuts |= {int(first), int(last) + 1}
+    labels, cuts = _binary_spans(clip), set()
+    for spans in labels.values():
+        for first, last, _ in spans:
+            cuts |= {first, last + 1}
     return tuple(
         (first, end - 1, tuple(_label_at(labels[name], first) for name in VP_ATTRIBUTES))
         for first, end in pairwise(sorted(cuts))

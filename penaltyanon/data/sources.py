@@ -78,15 +78,22 @@ def _parse_split_line(
     expected = numbers.get(name.split("/")[0])
     return None if expected is None or number not in ("", expected) else name
 
+# %% ../../nbs/data/3_sources.ipynb #5dbfd94a
+def _require_list(
+    path: Path,  # of a split list
+):
+    "The list must be there; says which are."
+    if path.is_file(): return
+    there = sorted(p.name for p in path.parent.glob("*list*.txt"))
+    raise UserError(f"{path}: no such split list; there are {', '.join(there) or 'none'}")
+
 # %% ../../nbs/data/3_sources.ipynb #c008
 def _read_split_list(
     path: Path,  # trainlist01.txt or testlist01.txt
     classes: tuple[str, ...],  # of `_read_class_list`
 ) -> list[str]:  # `Class/clip.avi`
     "The clips of one official list, every line checked against the class list."
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*list*.txt"))
-        raise UserError(f"{path}: no such split list; there are {', '.join(there) or 'none'}")
+    _require_list(path)
     numbers, names = {c: str(i) for i, c in enumerate(classes, 1)}, []
     for i, line in enumerate(map(str.strip, path.read_text().splitlines()), 1):
         if not line: continue
@@ -96,6 +103,26 @@ def _read_split_list(
         names.append(name)
     if not names: raise UserError(f"{path}: no clip in it; use the official split lists")
     return names
+
+# %% ../../nbs/data/3_sources.ipynb #9153694e
+def _used_classes(
+    classes: Iterable[str],  # in the official order
+    listed: list[str],  # `Class/clip.avi`
+) -> tuple[str, ...]:
+    "The classes that have a clip in a list."
+    used = {n.split("/")[0] for n in listed}
+    return tuple(c for c in classes if c in used)
+
+# %% ../../nbs/data/3_sources.ipynb #e88b9833
+def _check_disjoint(
+    lists: Path,  # folder of the lists, for the message
+    split: int,
+    train: list[str],
+    test: list[str],
+):
+    "Refuse a split that tests on what it trains on."
+    if both := set(train) & set(test):
+        raise UserError(f"{lists}: {min(both)} is in train and in test of split {split}; use the official lists")
 
 # %% ../../nbs/data/3_sources.ipynb #c009
 def _read_ucf_split(
@@ -109,16 +136,24 @@ def _read_ucf_split(
     classes = _read_class_list(lists/"classInd.txt")
     train = _read_split_list(lists/f"trainlist{split:02d}.txt", classes)
     test = _read_split_list(lists/f"testlist{split:02d}.txt", classes)
-    if both := set(train) & set(test):
-        raise UserError(f"{lists}: {min(both)} is in train and in test of split {split}; use the official lists")
-    used = {n.split("/")[0] for n in train + test}
-    return tuple(c for c in classes if c in used), train, test
+    _check_disjoint(lists, split, train, test)
+    return _used_classes(classes, train + test), train, test
 
 # %% ../../nbs/data/3_sources.ipynb #c013
 VP_LABEL_FILES = {  # where the attributes of the clips are looked for
     "ucf101": ("vpucf_attributes.csv", "ucf101_privacy_attribute_label.pickle"),
     "hmdb51": ("vphmdb_attributes.csv", "hmdb51_privacy_attribute_label.pickle"),
 }
+
+# %% ../../nbs/data/3_sources.ipynb #cddce854
+def _explain_missing_labels(
+    root: Path,
+    kind: str,  # key of VP_LABEL_FILES
+) -> UserError:
+    "Which file is missing, and where it comes from."
+    table, official = VP_LABEL_FILES[kind]
+    source = "https://github.com/ming1993li/stprivacy"
+    return UserError(f"{root}: no attribute labels; put {official} ({source}) or {table} there")
 
 # %% ../../nbs/data/3_sources.ipynb #c014
 def _find_label_file(
@@ -131,10 +166,7 @@ def _find_label_file(
     if given and given != "auto": return Path(given)
     if not given and not required: return None
     found = next((root/f for f in VP_LABEL_FILES[kind] if (root/f).is_file()), None)
-    if required and not found:
-        table, official = VP_LABEL_FILES[kind]
-        source = "https://github.com/ming1993li/stprivacy"
-        raise UserError(f"{root}: no attribute labels; put {official} ({source}) or {table} there")
+    if required and not found: raise _explain_missing_labels(root, kind)
     return found
 
 # %% ../../nbs/data/3_sources.ipynb #c012
@@ -189,6 +221,18 @@ def _require_classes(
         raise UserError(f"{root}: class {classes[min(lost)]} is empty, no training clip is left; "
                         "fetch the clips or take the class out of the lists")
 
+# %% ../../nbs/data/3_sources.ipynb #6860a8bc
+def _clip_record(
+    clips: Path,  # holds the class folders
+    name: str,  # `Class/clip.avi`
+    action: int,  # class index
+    frames: int,  # that decode
+    attributes: Attributes,
+    spans: Spans,  # labels of single frames, where there are some
+) -> Record:
+    "A clip with all that is known about it."
+    return Record(clips/name, name, action, attributes, frames, _aligned_spans(spans, frames))
+
 # %% ../../nbs/data/3_sources.ipynb #c016
 def _make_clip_collection(
     name: str,
@@ -203,14 +247,12 @@ def _make_clip_collection(
     listed = parts["train"] + parts["test"]
     _require_clips(clips, listed)
     frames, excluded = index_files(clips, listed)
-    number, spans = {c: i for i, c in enumerate(classes)}, spans or {}
-
-    def make_record(n):
-        aligned = _aligned_spans(spans.get(n, ()), frames[n])
-        return Record(clips/n, n, number[n.split("/")[0]], labels.get(n, ()), frames[n], aligned)
-
-    train = tuple(make_record(n) for n in parts["train"] if n in frames)
-    test = tuple(make_record(n) for n in parts["test"] if n in frames)
+    number, spans, records = {c: i for i, c in enumerate(classes)}, spans or {}, {}
+    for n in frames:
+        action = number[n.split("/")[0]]
+        records[n] = _clip_record(clips, n, action, frames[n], labels.get(n, ()), spans.get(n, ()))
+    train = tuple(records[n] for n in parts["train"] if n in records)
+    test = tuple(records[n] for n in parts["test"] if n in records)
     _require_classes(clips.parent, classes, train)
     return Collection(name, "clips", train, test, classes, attribute_names, excluded, clips.parent)
 
@@ -229,6 +271,14 @@ def ucf101(
     names, labels = _read_clip_labels(file, train + test)
     return _make_clip_collection(name, root/"UCF-101", classes, {"train": train, "test": test}, names, labels)
 
+# %% ../../nbs/data/3_sources.ipynb #48061d5e
+def _parse_hmdb_line(
+    line: str,  # `clip.avi 1`
+) -> tuple[str, str] | None:  # the clip, and 1 (train), 2 (test) or 0 (unused); None where it says something else
+    "The clip of one line of a list."
+    name, _, part = line.rpartition(" ")
+    return (name, part) if name and "/" not in name and part in ("0", "1", "2") else None
+
 # %% ../../nbs/data/3_sources.ipynb #c022
 def _read_hmdb_list(
     path: Path,  # <class>_test_split<n>.txt
@@ -236,12 +286,12 @@ def _read_hmdb_list(
     "One list of the official splits: `<clip>.avi 1` per line."
     parts = {}
     for i, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"), 1):
-        name, _, part = line.strip().rpartition(" ")
         if not line.strip(): continue
-        if part not in ("0", "1", "2") or not name or "/" in name or name in parts:
+        found = _parse_hmdb_line(line.strip())
+        if not found or found[0] in parts:
             raise UserError(f"{path}: line {i} ({line.strip()!r}) is not '<clip>.avi 0', 1 or 2, once for each clip; "
                             "use the official split lists")
-        parts[name] = part
+        parts[found[0]] = found[1]
     return parts
 
 # %% ../../nbs/data/3_sources.ipynb #85e41b63
@@ -268,8 +318,7 @@ def _read_hmdb_split(
     for c, path in lists.items():
         for n, part in _read_hmdb_list(path).items():
             parts[part].append(f"{c}/{n}")
-    used = {n.split("/")[0] for n in parts["1"] + parts["2"]}
-    return tuple(c for c in lists if c in used), parts["1"], parts["2"], parts["0"]
+    return _used_classes(lists, parts["1"] + parts["2"]), parts["1"], parts["2"], parts["0"]
 
 # %% ../../nbs/data/3_sources.ipynb #c024
 def hmdb51(
@@ -311,6 +360,16 @@ def _split_pa_clips(
         warnings.warn(f"{root}: {what}", stacklevel=3)
     return {"train": [n for n in parts[0] if n not in known], "test": test}
 
+# %% ../../nbs/data/3_sources.ipynb #ff24e956
+def _require_vp_attributes(
+    root: Path,  # for the message
+    names: tuple[str, ...],  # attributes of the label file; none = there is no file
+):
+    "Refuse labels of other attributes than PA-HMDB51's."
+    if names and names != VP_ATTRIBUTES:
+        raise UserError(f"{root}: attributes {', '.join(names)}; "
+                        f"the training clips of PA-HMDB51 need {', '.join(VP_ATTRIBUTES)}")
+
 # %% ../../nbs/data/3_sources.ipynb #c028
 def pa_hmdb51(
     root: str | Path,  # HMDB51 (see `hmdb51`), and in it PrivacyAttributes/<class>.json or pa_hmdb51_segments.json
@@ -324,9 +383,7 @@ def pa_hmdb51(
     classes, *hmdb_parts = _read_hmdb_split(root, split)
     parts = _split_pa_clips(root, hmdb_parts, known)
     names, labels = _read_clip_labels(_find_label_file(root, attributes, "hmdb51"), sum(hmdb_parts, []))
-    if names and names != VP_ATTRIBUTES:
-        raise UserError(f"{root}: attributes {', '.join(names)}; "
-                        f"the training clips of PA-HMDB51 need {', '.join(VP_ATTRIBUTES)}")
+    _require_vp_attributes(root, names)
     unlabelled = dict.fromkeys(parts["train"], (math.nan,) * len(VP_ATTRIBUTES))
     labels = unlabelled | labels | {n: video_level_labels(known[n]) for n in parts["test"]}
     return _make_clip_collection(name, root/"hmdb51_org", classes, parts, VP_ATTRIBUTES, labels, known)
@@ -354,14 +411,22 @@ def _binarize_column(
         made[name] = [math.nan if cell == "" else float(cell == v) for cell in cells]
     return made
 
+# %% ../../nbs/data/3_sources.ipynb #12044924
+def _require_columns(
+    columns: tuple[str, ...],  # asked for
+    known: Iterable[str],  # columns of labels.csv
+):
+    "Refuse a column that is not there; says which is most like it."
+    if unknown := [c for c in columns if c not in known]:
+        raise UsageError(f"no column {unknown[0]!r} in labels.csv; {_suggest_name(unknown[0], known)}")
+
 # %% ../../nbs/data/3_sources.ipynb #c032
 def _binarize_columns(
     rows: list[dict[str, str]],  # of labels.csv
     columns: tuple[str, ...] = (),  # take only these; none = all that can be attributes
 ) -> tuple[tuple[str, ...], list[Attributes]]:  # attribute names; values per row
     "The attributes of a table, column by column."
-    if unknown := [c for c in columns if c not in rows[0]]:
-        raise UsageError(f"no column {unknown[0]!r} in labels.csv; {_suggest_name(unknown[0], rows[0])}")
+    _require_columns(columns, rows[0])
     names, values = [], []
     for c in columns or rows[0]:
         cells = [r[c] for r in rows]
@@ -395,6 +460,13 @@ def _require_images(
         raise UserError(f"{root}: {len(missing)} labelled images are missing, first {missing[0]}; "
                         "unpack the whole archive")
 
+# %% ../../nbs/data/3_sources.ipynb #4039447e
+def _test_part(
+    items: list[tuple[str, str, Attributes]],  # (file, split, attribute values)
+) -> str:  # test | val
+    "The part to test on: `val` where there is no `test`."
+    return "test" if any(part == "test" for _, part, _ in items) else "val"
+
 # %% ../../nbs/data/3_sources.ipynb #c034
 def _make_image_collection(
     name: str,
@@ -403,7 +475,7 @@ def _make_image_collection(
     items: list[tuple[str, str, Attributes]],  # (file, split, attribute values)
 ) -> Collection:
     "Index the images of train and test (val where there is no test) and make the collection."
-    test_part = "test" if any(part == "test" for _, part, _ in items) else "val"
+    test_part = _test_part(items)
     items = [item for item in items if item[1] in ("train", test_part)]
     files = [f for f, *_ in items]
     _require_images(root, files)
@@ -429,6 +501,8 @@ VISPR1 = (
     "a17_color", "a4_gender", "a9_face_complete", "a10_face_partial", "a12_semi_nudity",
     "a64_rel_personal", "a65_rel_social",
 )
+
+# %% ../../nbs/data/3_sources.ipynb #c2a9f91b
 VISPR2 = (
     "a6_hair_color", "a16_race", "a59_sports", "a1_age_approx", "a2_weight_approx", "a73_landmark", "a11_tattoo",
 )
@@ -451,33 +525,48 @@ def _read_vispr_annotation(
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: no VISPR annotation (JSON with 'labels'); fetch it again") from None
 
-# %% ../../nbs/data/3_sources.ipynb #c041
-def _read_vispr_labels(
+# %% ../../nbs/data/3_sources.ipynb #b191a17a
+def _read_vispr_folders(
     root: Path,
 ) -> dict[str, tuple[str, set[str]]]:  # image id -> (split, labels)
-    "From vispr_labels.csv, or one JSON file per image below a folder named as the split."
-    if (root/"vispr_labels.csv").is_file():
-        rows = read_table(root/"vispr_labels.csv", "split", "id", "labels")
-        return {r["id"]: (r["split"], set(r["labels"].split())) for r in rows}
+    "One JSON file per image, below a folder named as the split."
     found = {}
     for file in sorted(root.rglob("*.json")):
         if file.parent.name in ("train2017", "val2017", "test2017"):
             found[file.stem] = (file.parent.name, _read_vispr_annotation(file))
+    return found
+
+# %% ../../nbs/data/3_sources.ipynb #c041
+def _read_vispr_labels(
+    root: Path,
+) -> dict[str, tuple[str, set[str]]]:  # image id -> (split, labels)
+    "From vispr_labels.csv, or from the folders of annotations."
+    if (root/"vispr_labels.csv").is_file():
+        rows = read_table(root/"vispr_labels.csv", "split", "id", "labels")
+        return {r["id"]: (r["split"], set(r["labels"].split())) for r in rows}
+    found = _read_vispr_folders(root)
     if not found:
         raise UserError(f"{root}: no annotations (train2017/*.json or vispr_labels.csv); "
                         "unpack VISPR's annotations there")
     return found
+
+# %% ../../nbs/data/3_sources.ipynb #7835c8ab
+def _read_attribute_list(
+    path: Path,  # attributes.tsv
+) -> list[str]:
+    "The column `attribute_id` of VISPR's list of attributes."
+    with open(path, newline="") as f:
+        return [r["attribute_id"] for r in csv.DictReader(f, delimiter="\t")]
 
 # %% ../../nbs/data/3_sources.ipynb #c042
 def _vispr_attribute_names(
     root: Path,  # may hold attributes.tsv
     found: dict,  # of `_read_vispr_labels`
 ) -> tuple[str, ...]:
-    "All attribute names: those of attributes.tsv in its order, else all that occur; a0_safe is no attribute."
-    if (root/"attributes.tsv").is_file():
-        with open(root/"attributes.tsv", newline="") as f:
-            known = [r["attribute_id"] for r in csv.DictReader(f, delimiter="\t")]
-    else: known = sorted(set().union(*(labels for _, labels in found.values())))
+    "All attribute names, in the official order where that is known."
+    official = root/"attributes.tsv"
+    occurring = set().union(*(labels for _, labels in found.values()))
+    known = _read_attribute_list(official) if official.is_file() else sorted(occurring)
     return tuple(a for a in known if a != "a0_safe")
 
 # %% ../../nbs/data/3_sources.ipynb #c043
@@ -501,6 +590,14 @@ def _choose_vispr_attributes(
         raise UsageError(f"attribute {unknown[0]!r} is not labelled in {root}; {_suggest_name(unknown[0], known)}")
     return wanted
 
+# %% ../../nbs/data/3_sources.ipynb #f5f262e0
+def _has_any(
+    labels: set[str],  # of one image
+    wanted: dict[str, tuple[str, ...]],  # of `_choose_vispr_attributes`
+) -> Attributes:
+    "An attribute is there where one of its labels is."
+    return tuple(float(not labels.isdisjoint(any_of)) for any_of in wanted.values())
+
 # %% ../../nbs/data/3_sources.ipynb #c044
 def _read_vispr_rows(
     root: Path,
@@ -511,8 +608,7 @@ def _read_vispr_rows(
     wanted = _choose_vispr_attributes(root, attributes, _vispr_attribute_names(root, found))
     images, rows = {p.stem: str(p.relative_to(root)) for p in _find_images(root)}, []
     for i, (part, labels) in found.items():
-        values = tuple(float(not labels.isdisjoint(any_of)) for any_of in wanted.values())
-        rows.append((images.get(i, f"{part}/{i}.jpg"), part.removesuffix("2017"), values))
+        rows.append((images.get(i, f"{part}/{i}.jpg"), part.removesuffix("2017"), _has_any(labels, wanted)))
     return tuple(wanted), rows
 
 # %% ../../nbs/data/3_sources.ipynb #c045
@@ -523,6 +619,19 @@ def vispr(
 ) -> Collection:
     "VISPR in its official layout: train2017 to train on, test2017 to test on."
     return _make_image_collection(name, _require_folder(root), *_read_vispr_rows(Path(root), attributes))
+
+# %% ../../nbs/data/3_sources.ipynb #c049
+SOURCES = {  # name -> function of root, split and attributes
+    "ucf101": ucf101,
+    "hmdb51": hmdb51,
+    "vp-ucf101": partial(ucf101, name="vp-ucf101", required=True),
+    "vp-hmdb51": partial(hmdb51, name="vp-hmdb51", required=True),
+    "pa-hmdb51": pa_hmdb51,
+    "images": lambda root, split, attributes: attribute_images(root),
+    "vispr1": lambda root, split, attributes: vispr(root, VISPR1, "vispr1"),
+    "vispr2": lambda root, split, attributes: vispr(root, VISPR2, "vispr2"),
+    "vispr-pa": lambda root, split, attributes: vispr(root, VISPR_PA, "vispr-pa"),
+}
 
 # %% ../../nbs/data/3_sources.ipynb #c048
 def _open_puppets(
@@ -536,18 +645,8 @@ def _open_puppets(
     if name.endswith("-images"): return vispr(root/"vispr", None, name)
     return ucf101(root, split, attributes, name)
 
-# %% ../../nbs/data/3_sources.ipynb #c049
-SOURCES = {  # name -> function of root, split and attributes
-    "ucf101": ucf101,
-    "hmdb51": hmdb51,
-    "vp-ucf101": partial(ucf101, name="vp-ucf101", required=True),
-    "vp-hmdb51": partial(hmdb51, name="vp-hmdb51", required=True),
-    "pa-hmdb51": pa_hmdb51,
-    "images": lambda root, split, attributes: attribute_images(root),
-    "vispr1": lambda root, split, attributes: vispr(root, VISPR1, "vispr1"),
-    "vispr2": lambda root, split, attributes: vispr(root, VISPR2, "vispr2"),
-    "vispr-pa": lambda root, split, attributes: vispr(root, VISPR_PA, "vispr-pa"),
-} | {
+# %% ../../nbs/data/3_sources.ipynb #edd5d5f6
+SOURCES |= {
     name: partial(_open_puppets, name)
     for name in map("".join, product(["puppets"], ["", "-b"], ["", "-oracle"], ["", "-images"]))
 }
@@ -673,6 +772,17 @@ def _group_records(
         groups.setdefault(r.action, {}).setdefault(_group_name(r.name), []).append(r)
     return groups
 
+# %% ../../nbs/data/3_sources.ipynb #900ac0a4
+def _choose_groups(
+    groups: Iterable[str],  # names of the groups of one class
+    fraction: float,  # part of them, 0..1
+    rng: np.random.Generator,
+) -> list[str]:  # never all; at least one where fraction > 0 and there are two
+    "Groups to hold out."
+    names = sorted(groups)
+    n = min(len(names) - 1, max(round(fraction * len(names)), fraction > 0))
+    return [names[i] for i in rng.permutation(len(names))[:n]]
+
 # %% ../../nbs/data/3_sources.ipynb #c060
 def split_holdout(
     records: tuple[Record, ...],
@@ -683,8 +793,6 @@ def split_holdout(
     groups = _group_records(records)
     rng, held = np.random.default_rng(seed), set()
     for action in sorted(groups):
-        names = sorted(groups[action])
-        n = min(len(names) - 1, max(round(fraction * len(names)), fraction > 0))
-        for i in rng.permutation(len(names))[:n]:
-            held |= {r.name for r in groups[action][names[i]]}
+        for name in _choose_groups(groups[action], fraction, rng):
+            held |= {r.name for r in groups[action][name]}
     return tuple(r for r in records if r.name not in held), tuple(r for r in records if r.name in held)

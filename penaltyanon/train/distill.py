@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['enlarge_frame', 'cut_window', 'sample_crop', 'mix_frames', 'endless_frames', 'sample_frames', 'imitation_loss',
-           'DistillOptions', 'run_teacher', 'recall_batches', 'student_step', 'train_student', 'rms_error', 'psnr',
-           'anonymize_singly', 'fidelity', 'new_student', 'student_card', 'distill', 'count_gmacs', 'measure_cpu_times',
-           'export_networks', 'compare_exports', 'measure_quality_speed']
+           'DistillOptions', 'run_teacher', 'recall_batches', 'student_step', 'student_optimizer', 'train_student',
+           'rms_error', 'psnr', 'anonymize_singly', 'fidelity', 'new_student', 'student_card', 'distill', 'count_gmacs',
+           'measure_cpu_times', 'export_networks', 'compare_exports', 'measure_quality_speed']
 
 # %% ../../nbs/train/7_distill.ipynb #c003
 import itertools, math, tempfile, time
@@ -175,6 +175,16 @@ def student_step(
     optimizer.step()
     return loss.item()
 
+# %% ../../nbs/train/7_distill.ipynb #348c1127
+def student_optimizer(
+    student: nn.Module,
+    options: DistillOptions,  # lr, steps
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    "Adam, and a cosine that takes its learning rate down to a hundredth."
+    optimizer = torch.optim.Adam(student.parameters(), options.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps, options.lr / 100)
+    return optimizer, schedule
+
 # %% ../../nbs/train/7_distill.ipynb #c016
 def train_student(
     student: nn.Module,  # changed in place
@@ -184,8 +194,7 @@ def train_student(
     progress: bool = True,  # show a bar
 ) -> list[float]:  # the loss at every step
     "Train a student to imitate the teacher."
-    optimizer = torch.optim.Adam(student.parameters(), options.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps, options.lr / 100)
+    optimizer, schedule = student_optimizer(student, options)
     recalled = recall_batches(teacher, batches, options, next(student.parameters()).device)
     losses = []
     bar = tqdm(range(options.steps), "distilling", disable=not progress, mininterval=1)
