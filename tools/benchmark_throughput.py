@@ -76,7 +76,7 @@ quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check
 def clip(path: Path, width: int, height: int, frames: int) -> Path:
     "A generated video: a drawn scene that the camera pans across, with noise; H.264"
     wide, rng = probe_frames(1, height, 2*width)[0], np.random.default_rng(0)
-    writer = VideoWriter(path, ".mp4", StreamInfo(width, height, Fraction(25), Fraction(1, 25)))
+    writer = VideoWriter(path, ".mp4", StreamInfo(width, height, time_base=Fraction(1, 25), rate=Fraction(25)))
     for i in range(frames):
         x = abs((4*i) % (2*width) - width)
         frame = wide[:, x:x + width] + rng.normal(0, 3, (height, width, 1))

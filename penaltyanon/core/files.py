@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'UsageError', 'nearest', 'atomic_path', 'atomic_write', 'file_hash', 'to_plain', 'write_json',
-           'read_json', 'write_yaml', 'read_yaml', 'read_rows', 'lock_file', 'unlock_file', 'make_once']
+           'read_json', 'write_yaml', 'read_yaml', 'append_row', 'read_rows', 'write_rows', 'lock_file', 'unlock_file',
+           'make_once']
 
 # %% ../../nbs/core/0_files.ipynb #32daf762
 import difflib
@@ -133,6 +134,14 @@ def read_yaml(
     "Read a YAML file with the safe loader."
     return _parse_file(path, yaml.safe_load, "YAML")
 
+# %% ../../nbs/core/0_files.ipynb #266e24b6
+def append_row(
+    path: str | Path,   # metrics.jsonl; made when missing
+    row: dict,          # what `to_plain` understands
+) -> None:
+    "Add one row to a file of JSON lines."
+    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(to_plain(row)) + "\n")
+
 # %% ../../nbs/core/0_files.ipynb #c090
 def read_rows(
     path: str | Path,   # metrics.jsonl
@@ -142,6 +151,14 @@ def read_rows(
     if not path.exists(): return []
     complete = path.read_text(encoding="utf-8").split("\n")[:-1]     # what follows the last line break is cut or empty
     return [json.loads(line) for line in complete]
+
+# %% ../../nbs/core/0_files.ipynb #411397a0
+def write_rows(
+    path: str | Path,   # metrics.jsonl, replaced atomically
+    rows: list[dict],   # as `read_rows` gives them
+) -> Path:              # the path written
+    "Write a file of JSON lines."
+    return atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 # %% ../../nbs/core/0_files.ipynb #7b6c171a
 _LOCKS = {}    # absolute path -> lock that this process holds

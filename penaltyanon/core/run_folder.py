@@ -11,8 +11,8 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .files import (UsageError, UserError, atomic_write, lock_file, read_json, read_rows, read_yaml,
-                                    to_plain, unlock_file, write_json, write_yaml)
+from .files import (UsageError, UserError, append_row, atomic_write, lock_file, read_json, read_rows,
+                                    read_yaml, to_plain, unlock_file, write_json, write_rows, write_yaml)
 from .machine import capture_env
 from .settings import (Settings, check_keys, differing_settings, run_name, settings_dict,
                                        settings_hash)
@@ -152,8 +152,7 @@ def _begin_attempt(
     write_yaml(run/"params.yaml", settings_dict(run.settings))
     env = capture_env(run.settings.device)
     write_json(run/"env.json", _merge_env(run/"env.json", env) if resume else env)
-    rows = run.metrics() if resume else []
-    atomic_write(run/"metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run/"metrics.jsonl", run.metrics() if resume else [])
 
 # %% ../../nbs/core/3_run_folder.ipynb #c091
 class RunFolder(_RunFiles):
@@ -181,7 +180,7 @@ class RunFolder(_RunFiles):
     def log(self, row: dict) -> None:
         "Append one row to metrics.jsonl."
         self._refuse_if_done()
-        with (self/"metrics.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(to_plain(row)) + "\n")
+        append_row(self/"metrics.jsonl", row)
 
     def record_data(self, manifests: dict) -> None:
         "Write data.json; data that changed since the run began are refused."

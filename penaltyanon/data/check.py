@@ -78,7 +78,7 @@ DATASET_FACTS["vispr"] = DatasetFacts(
     "VISPR (Orekondy et al., 2017)", {"images": 22167, "train": 10000, "val": 4167, "test": 8000},
     "https://tribhuvanesh.github.io/vpa/ gives images and annotations. Unpack to train2017/, val2017/, test2017/; "
     "the annotations (one JSON for each image, in folders of the same names) anywhere below the same root.",
-    "see the project page; the photos are Flickr users', taken over from OpenImages.")
+    "see the project page; the images are Flickr users', taken over from OpenImages.")
 
 # %% ../../nbs/data/7_check.ipynb #fddd1473
 DATASET_FACTS["images"] = DatasetFacts(

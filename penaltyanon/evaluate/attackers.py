@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RMS_UNITS', 'top1', 'attribute_scores', 'privacy_scores', 'mean_score', 'AnonymizedSet', 'clip_frames',
-           'allocate_frames', 'add_view_axis', 'rms_changes', 'anonymize_batch', 'anonymized_batches',
+           'allocate_frames', 'add_view_axis', 'rms_changes', 'anonymize_batch', 'anonymized_batches', 'batch_labels',
            'anonymize_dataset', 'augment_anonymized', 'predict_logits', 'AttackerRecipe', 'AttackerTraining',
-           'attacker_state', 'load_attacker_state', 'attacker_step', 'fit_epoch', 'fit_attacker', 'score_actions',
-           'score_attributes', 'attacker_builder', 'cached_predictions', 'evaluate_utility', 'evaluate_privacy',
-           'heldout_mask', 'anonymize_splits', 'stage_context', 'evaluate_frames', 'evaluate', 'prediction_arrays',
-           'save_predictions']
+           'attacker_state', 'load_attacker_state', 'next_attacker_batch', 'attacker_step', 'fit_epoch', 'heldout_loss',
+           'fit_attacker', 'score_actions', 'score_attributes', 'attacker_builder', 'cached_predictions',
+           'evaluate_utility', 'evaluate_privacy', 'heldout_mask', 'anonymize_splits', 'stage_context',
+           'evaluate_frames', 'named_predictions', 'evaluate', 'prediction_arrays', 'save_predictions']
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #c002
 import io
@@ -127,7 +127,8 @@ def allocate_frames(
     size = int(np.prod(shape))
     if size <= limit: return torch.empty(shape, dtype=torch.uint8)
     _check_disk_space(size)
-    with tempfile.TemporaryFile() as f: return torch.from_numpy(np.memmap(f, np.uint8, "w+", shape=shape))
+    with tempfile.TemporaryFile() as f: array = np.memmap(f, np.uint8, "w+", shape=shape)
+    return torch.from_numpy(array)
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #c020
 def add_view_axis(
@@ -178,6 +179,14 @@ def anonymized_batches(
         start += len(y)
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #a3a69c46
+def batch_labels(
+    batch: dict,  # of a ClipDataset or a FrameDataset
+) -> tuple[Tensor, Tensor]:  # actions (n,), -1 where there are none; attributes (n, k)
+    "The labels of a batch."
+    attributes = batch["attributes"].float()
+    return batch.get("action", torch.full((len(attributes),), -1)), attributes
+
+# %% ../../nbs/evaluate/1_attackers.ipynb #d6db7b43
 def anonymize_dataset(
     f_A: nn.Module,  # frozen anonymizer
     dataset,  # ClipDataset or FrameDataset
@@ -191,11 +200,11 @@ def anonymize_dataset(
     for epoch in range(epochs):
         dataset.set_epoch(epoch)
         for samples, y, change, batch in anonymized_batches(f_A, dataset, context, f"{desc} {epoch + 1}/{epochs}"):
-            n, views = y.shape[:2]
+            views = y.shape[1]
             if x is None: x = allocate_frames((len(dataset), epochs * views, *y.shape[2:]))
             x[samples, epoch * views:(epoch + 1) * views] = y
             changes.append(change)
-            if epoch == 0: labels.append((batch.get("action", torch.full((n,), -1)), batch["attributes"].float()))
+            if epoch == 0: labels.append(batch_labels(batch))
     action, attributes = map(torch.cat, zip(*labels))
     return AnonymizedSet(x, action, attributes, dict(zip(RMS_UNITS, torch.cat(changes, 1).mean(1).tolist())))
 
@@ -247,7 +256,8 @@ class AttackerTraining:
         samples: Int[Tensor, "m"],  # those it learns from
         s: Settings,  # eval_batch, seed
     ):
-        self.net, self.recipe, self.samples, self.batch_size = net, recipe, samples, s.eval_batch
+        self.net, self.recipe = net, recipe
+        self.samples, self.batch_size = samples, s.eval_batch
         self.optimizer = torch.optim.Adam(net.parameters(), recipe.lr)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, recipe.lr, total_steps=recipe.steps(len(samples), s.eval_batch) + 1, pct_start=0.15)
@@ -271,7 +281,7 @@ class AttackerTraining:
 def attacker_state(
     training: AttackerTraining,
 ) -> dict:  # tensors, numbers, and containers of them
-    "Everything that the next step of an attacker depends on."
+    "Everything that the next step depends on."
     parts = training.net, training.optimizer, training.schedule
     return dict(
         parts=[part.state_dict() for part in parts],
@@ -294,16 +304,25 @@ def load_attacker_state(
     training.generator.set_state(state["generator"])
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #79dfe659
+def next_attacker_batch(
+    training: AttackerTraining,  # with batches left
+    x: UInt8[Tensor, "n views 3 ..."],  # anonymized training data
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:  # samples (b,), their frames or clips (b, 3, ...) in [0, 1]
+    "A random view of each sample of the next batch, augmented."
+    index, training.batches = training.batches[0], training.batches[1:]
+    view = torch.randint(x.shape[1], (len(index),), generator=training.generator)
+    return index, augment_anonymized(x[index, view].to(device).float() / 255, training.generator)
+
+# %% ../../nbs/evaluate/1_attackers.ipynb #e5eca40c
 def attacker_step(
     training: AttackerTraining,  # with batches left
     x: UInt8[Tensor, "n views 3 ..."],  # anonymized training data
     y: Tensor,  # (n,) classes or (n, k) attributes
     context: RunContext,  # settings: precision
 ) -> float:  # loss of the batch
-    "The next batch of an epoch: a random view of each sample, augmented, and one step of Adam."
-    index, training.batches = training.batches[0], training.batches[1:]
-    view = torch.randint(x.shape[1], (len(index),), generator=training.generator)
-    batch = augment_anonymized(x[index, view].to(context.device).float() / 255, training.generator)
+    "One step of Adam on the next batch."
+    index, batch = next_attacker_batch(training, x, context.device)
     with autocast(context.settings, context.device, recognizer=True):
         loss = training.recipe.loss(training.net(batch).float(), y[index].to(context.device))
     training.optimizer.zero_grad()
@@ -330,6 +349,17 @@ def fit_epoch(
     return loss
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #7140b857
+def heldout_loss(
+    training: AttackerTraining,
+    x: UInt8[Tensor, "n views 3 ..."],  # anonymized, held out
+    y: Tensor,  # their classes or attributes
+    context: RunContext,
+) -> float:
+    "Loss of logits averaged over views."
+    logits = predict_logits(training.net, x, context).mean(1)
+    return float(training.recipe.loss(logits, y))
+
+# %% ../../nbs/evaluate/1_attackers.ipynb #821d80ba
 @explain_out_of_memory("eval_batch or size")
 def fit_attacker(
     net: nn.Module,  # fresh attacker; changed in place
@@ -346,13 +376,11 @@ def fit_attacker(
     if checkpointer and (state := checkpointer.resume(stage)): load_attacker_state(training, state)
     bar = tqdm(range(training.epoch, recipe.epochs), desc=stage, disable=not context.progress, mininterval=1)
     for epoch in bar:
-        loss = heldout_loss = fit_epoch(training, x, y, context, stage)
-        if heldout.any():
-            logits = predict_logits(net, x[heldout], context).mean(1)
-            heldout_loss = float(recipe.loss(logits, y[heldout]))
-        training.keep_best(heldout_loss)
-        context.log({"epoch": epoch + 1, "loss": loss, "held_loss": heldout_loss})
-        bar.set_postfix(loss=f"{loss:.3f}", held=f"{heldout_loss:.3f}")
+        loss = held_loss = fit_epoch(training, x, y, context, stage)
+        if heldout.any(): held_loss = heldout_loss(training, x[heldout], y[heldout], context)
+        training.keep_best(held_loss)
+        context.log({"epoch": epoch + 1, "loss": loss, "held_loss": held_loss})
+        bar.set_postfix(loss=f"{loss:.3f}", held=f"{held_loss:.3f}")
         training.epoch += 1
         maybe_save(checkpointer, stage, True, lambda: attacker_state(training))
     net.load_state_dict(training.weights)
@@ -505,6 +533,15 @@ def evaluate_frames(
     return evaluate_privacy(build, train, test, heldout, names, context, f"f_B' on {where}")
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #83ac42c9
+def named_predictions(
+    found: dict[str, tuple],  # part -> its result, or None, and the test records
+) -> dict[str, tuple]:  # part -> scores, labels, names of the records
+    "The predictions out of the results of each part that was measured."
+    measured = {part: pair for part, pair in found.items() if pair[0]}
+    return {part: (*result.pop("predictions"), [r.name for r in records])
+            for part, (result, records) in measured.items()}
+
+# %% ../../nbs/evaluate/1_attackers.ipynb #7080b8ec
 def evaluate(
     f_A: nn.Module,  # frozen anonymizer
     actions: Collection,  # action clips
@@ -524,11 +561,11 @@ def evaluate(
     on_images = evaluate_frames(train_images, test_images, heldout_images, images.attribute_names, context, "images")
     on_frames = evaluate_frames(frames, test_frames, heldout_frames, actions.attribute_names, context, "frames")
 
-    parts = [("utility", utility, actions), ("images", on_images, images), ("frames", on_frames, actions)]
-    predictions = {part: (*found.pop("predictions"), [r.name for r in c.test]) for part, found, c in parts if found}
+    parts = dict(utility=(utility, actions.test), images=(on_images, images.test), frames=(on_frames, actions.test))
+    predictions, changes = named_predictions(parts), dict(clips=test.rms, images=test_images.rms)
     seconds = context.checkpointer.seconds() if context.checkpointer else time.time() - began
-    results = dict(utility=utility, privacy=dict(images=on_images, frames=on_frames))
-    return results | dict(rms=dict(clips=test.rms, images=test_images.rms), minutes=seconds / 60), predictions
+    privacy = dict(images=on_images, frames=on_frames)
+    return dict(utility=utility, privacy=privacy, rms=changes, minutes=seconds / 60), predictions
 
 # %% ../../nbs/evaluate/1_attackers.ipynb #c044
 def prediction_arrays(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['anonymize_part', 'AnonymizedCache', 'shared_attributes', 'check_same_classes', 'select_attributes', 'attack_sets',
-           'run_attack', 'attack_log', 'save_result']
+           'run_attack', 'attack_log', 'describe_attack', 'save_result']
 
 # %% ../../nbs/evaluate/3_attacks.ipynb #c002
 import json
@@ -151,6 +151,20 @@ def attack_log(
     return log
 
 # %% ../../nbs/evaluate/3_attacks.ipynb #c038
+def describe_attack(
+    run: RunFolder,   # finished
+    attack: Attack,
+    data: dict,       # of `protocol_data`
+) -> dict:            # what its JSON says beside the scores
+    "Which attack, on which data, against which run."
+    own_model = run.settings.action_model if attack.sees == "clips" else run.settings.privacy_model
+    return dict(
+        test=attack.name, kind=attack.kind, sees=attack.sees, train=attack.train, on=attack.tested_on,
+        train_data=data[attack.train], test_data=data[attack.tested_on],
+        model=attack.model or own_model, weights=attack.weights, learns_from=attack.learns_from,
+        **{key: run.results.get(key) for key in ("seed", "label", "method", "B", "lam", "preset")})
+
+# %% ../../nbs/evaluate/3_attacks.ipynb #dcdf7300
 def save_result(
     run: RunFolder,       # finished
     attack: Attack,
@@ -160,12 +174,7 @@ def save_result(
     minutes: float,       # of work
 ):
     "Write an attack's result beside the run's own results."
-    own_model = run.settings.action_model if attack.sees == "clips" else run.settings.privacy_model
-    about = dict(
-        test=attack.name, kind=attack.kind, sees=attack.sees, train=attack.train, on=attack.tested_on,
-        train_data=data[attack.train], test_data=data[attack.tested_on],
-        model=attack.model or own_model, weights=attack.weights, learns_from=attack.learns_from,
-        **{key: run.results.get(key) for key in ("seed", "label", "method", "B", "lam", "preset")},
-        minutes=minutes, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    about = describe_attack(run, attack, data)
+    about |= dict(minutes=minutes, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     save_predictions(run/"tests"/f"{attack.name}.npz", {"": predictions})
     write_json(run/"tests"/f"{attack.name}.json", about | found)

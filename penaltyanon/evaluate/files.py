@@ -42,6 +42,17 @@ class ExportedAnonymizer(nn.Module):
         return rearrange(torch.from_numpy(np.array(out)), "n h w c -> n c h w").to(x.device).float() / 255
 
 # %% ../../nbs/evaluate/4_files.ipynb #c008
+def _check_hash(
+    path: Path,
+    stated: str,   # how the file's SHA-256 began
+    found: str,    # what it is now
+):
+    "Is it still the same file?"
+    if found.startswith(stated): return
+    raise UserError(f"{path}: is no longer the file this run was begun with ({stated}, now {found[:12]}); "
+                    "give it to a sweep again, which makes a new run")
+
+# %% ../../nbs/evaluate/4_files.ipynb #eb13c6f7
 def open_exported(
     spec: str,             # *.onnx or *.safetensors, with # and the beginning of its SHA-256 where that must hold
     device: str = "auto",  # auto, cpu, cuda, cuda:1, mps
@@ -51,9 +62,7 @@ def open_exported(
     if not path.name: raise UsageError("method=file: say which one, e.g. anonymizer_weights=student.onnx")
     check_model_file(path)   # open_frame_anonymizer would take the name of a method as well
     model = open_frame_anonymizer(str(path), device)
-    if not model.sha256.startswith(stated):
-        raise UserError(f"{path}: is no longer the file this run was begun with ({stated}, now {model.sha256[:12]}); "
-                        "give it to a sweep again, which makes a new run")
+    _check_hash(path, stated, model.sha256)
     described = {key: model.card[key] for key in ("architecture", "precision") if key in model.card}
     about = dict(name=path.name, sha256=model.sha256, **described)
     return ExportedAnonymizer(model).eval(), {**model.card, "file": about}

@@ -129,7 +129,8 @@ def make_executor(
     folder = Path(root).absolute()/"_jobs"/"slurm"
     executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=1000)
     try: executor.update_parameters(**_executor_parameters(resources))
-    except (NameError, TypeError, ValueError) as e: raise UsageError(f"--slurm: {' '.join(str(e).split())}") from None
+    except (AssertionError, NameError, TypeError, ValueError) as e:
+        raise UsageError(f"--slurm: {' '.join(str(e).split())}") from None
     return executor
 
 # %% ../../nbs/sweep/3_cluster.ipynb #c013

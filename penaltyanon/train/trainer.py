@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 # %% ../../nbs/train/6_trainer.ipynb #c003
 from ..core.checkpoints import Checkpointer, RunContext
-from ..core.files import UserError, atomic_write, make_once, read_rows
+from ..core.files import UserError, make_once, read_rows, write_rows
 from ..core.machine import die_with_parent, pick_device, seed_everything
 from ..core.run_folder import RunFolder
 from ..core.settings import START_FIELDS, Settings, settings_dict, start_key
@@ -78,7 +78,7 @@ class MetricsLog:
         on_board: bool,  # they are in TensorBoard already
     ):
         "These are the rows so far."
-        atomic_write(self.run/"metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(self.run/"metrics.jsonl", rows)
         if on_board: return
         for row in rows: self.add_to_board(row)
 
