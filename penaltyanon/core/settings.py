@@ -26,8 +26,8 @@ class _Method:
     "What is asked."
     preset: str = "paper"      # the preset these values started from: smoke | demo | mini | paper
     method: str = "penalty"    # one of TRAINED_METHODS | file | oracle | a closed-form one: raw, blackening, ...
-    B: float = 0.3             # RMS budget per clip in `units`, >= 0 or inf
-    penalty: str = "hinge"     # hinge (Eq. 2) | constraint (lambda adapted until RMS <= B) | none
+    B: float = 0.3             # bound on the RMS change of a clip in `units`, >= 0 or inf
+    penalty: str = "hinge"     # hinge (Eq. 4) | constraint (lambda adapted until RMS <= B) | none
     lam: float = 1.0           # lambda of Eq. 3, >= 0; the starting value under `constraint`; 0 is SPAct's loss
     units: str = "std"         # of RMS: std | pixel | motion
     scope: str = "clip"        # of RMS: clip | batch
@@ -46,7 +46,7 @@ class _Data:
     frames: int = 16         # frames in a clip, >= 1
     skip: int = 4            # video frames from one clip frame to the next, >= 1
     size: int = 224          # height and width that the networks see, pixels, >= 8
-    crop: float = 0.8        # side of the centre crop in testing, as a share of the short side, (0, 1]
+    crop: float = 0.8        # sides of the centre crop in testing, as a share of the frame's, (0, 1]
     cache: bool = False      # keep decoded frames in memory
     workers: int = 0         # loader processes, >= 0; no influence on results
 
@@ -58,8 +58,8 @@ class _Networks:
     decoder: tuple[int, ...] = (256, 128, 64, 32)    # channels of f_A's decoder, deepest first, each >= 1
     action_model: str = "i3d_r50"     # f_T: clips to action logits
     privacy_model: str = "resnet50"   # f_B: frames to features
-    action_weights: str = ""          # file that f_T starts from; "" = random
-    privacy_weights: str = ""         # file that f_B starts from; "" = random
+    action_weights: str = ""          # name or file of what f_T starts from; "" = random
+    privacy_weights: str = ""         # name or file of what f_B starts from; "" = random
     anonymizer_weights: str = ""      # file that f_A starts from; "" = pre-train it
 
 # %% ../../nbs/core/2_settings.ipynb #5cc42b7e
@@ -88,7 +88,7 @@ class _Training:
     privacy_updates: int = 1        # updates of f_B in each iteration, >= 1
     ensemble: int = 1               # vita: privacy networks trained at once, >= 1
     restart_every: int = 0          # vita: steps after which they begin anew, >= 0; 0 = never
-    clip_grad: float = 1.0          # largest gradient norm of f_A, >= 0; 0 = no clipping
+    clip_grad: float = 1.0          # largest gradient norm of each network, >= 0; 0 = no clipping
     dual_lr: float = 1.0            # constraint: step of lambda per unit of RMS - B, >= 0
     margin: float = 0.1             # constraint: aims at (1 - margin) * B, [0, 1)
     alternate_batches: bool = False # a new batch for each half step, as SPAct and the authors' code do
@@ -104,7 +104,7 @@ class _Evaluation:
     eval_privacy_epochs: int = 100   # of the fresh f_B', >= 1
     eval_lr_action: float = 1e-4     # Adam, > 0
     eval_lr_privacy: float = 1e-3    # Adam, > 0
-    eval_batch: int = 16             # clips in a batch, >= 1; of images twice as many
+    eval_batch: int = 16             # clips or images in a batch of an attacker, >= 1
     eval_views: int = 5              # evenly spaced clips of each test video whose scores are averaged, >= 1
     eval_train_views: int = 1        # clips or frames of each training video in an epoch, >= 1
     eval_action_model: str = ""      # f_T'; "" = action_model
