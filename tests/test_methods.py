@@ -4,14 +4,14 @@ from dataclasses import replace
 import pytest, torch
 from penaltyanon.train import batches, minimax, start
 from penaltyanon.train import methods
-from penaltyanon.nets.anonymizers import UNet, anonymize_clip, freeze_batchnorm, load_anonymizer, save_anonymizer
+from penaltyanon.nets.anonymizers import UNet, anonymize_clip, freeze_batchnorm, save_anonymizer
 from penaltyanon.core.checkpoints import RunContext
 from penaltyanon.core.files import UsageError
 from penaltyanon.core.machine import seed_everything
-from penaltyanon.core.settings import CHOICES, METHOD_DEFAULTS, TRAINED_METHODS, resolve, run_name, settings_dict, start_key
+from penaltyanon.core.settings import CHOICES, TRAINED_METHODS, resolve, run_name, settings_dict, start_key
 from penaltyanon.train.methods import METHODS, make_anonymizer, trained_anonymizer
 from penaltyanon.nets.obfuscation import OBFUSCATIONS
-from penaltyanon.nets.stprivacy import STPRIVACY_SIZES, TokenAnonymizer, keep_rate_loss
+from penaltyanon.nets.stprivacy import STPRIVACY_SIZES, TokenAnonymizer
 
 CPU = torch.device("cpu")
 

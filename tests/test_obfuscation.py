@@ -4,9 +4,8 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from penaltyanon.nets.anonymizers import anonymize_clip
 from penaltyanon.core.files import UsageError, UserError
-from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, box_regions, detector_regions,
-                                          difference_mask, downsample, scale_kernel, onnx_regions, open_obfuscation,
-                                          open_regions, people_regions, pixelate, whole_frame)
+from penaltyanon.nets.obfuscation import (OBFUSCATIONS, OPERATIONS, Obfuscation, blur, box_mask, box_regions, detector_regions, difference_mask, downsample,
+                                          scale_kernel, onnx_regions, open_obfuscation, people_regions, pixelate, whole_frame)
 from penaltyanon.data.video import read_frames, write_video
 from penaltyanon.data.puppets import draw_clip, draw_scene
 

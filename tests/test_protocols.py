@@ -1,6 +1,5 @@
 "Every protocol of the paper, end to end on generated data in the official layouts; and what a protocol refuses."
 import json, subprocess
-from dataclasses import replace
 
 import numpy as np, pytest, torch
 from penaltyanon.evaluate import attacks, protocols as pr

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from penaltyanon.sweep import grid
 from penaltyanon.train import batches, minimax
-from penaltyanon.core import checkpoints, settings
+from penaltyanon.core import settings
 from penaltyanon.nets.anonymizers import UNet, freeze_batchnorm
 from penaltyanon.core.checkpoints import Checkpointer, read_checkpoint
 from penaltyanon.core.files import UserError, read_json, read_rows

@@ -1,5 +1,5 @@
 "A file is judged like any other anonymizer, as the very file it was, or not at all."
-import json, subprocess
+import subprocess
 from pathlib import Path
 import pytest, torch
 from penaltyanon.sweep import grid, jobs

@@ -1,5 +1,5 @@
 "The sweep: nothing misspelt starts, nothing DONE is redone, what fails is named, what hangs is started again."
-import base64, io, os, subprocess, sys, time
+import base64, io, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from PIL import Image
