@@ -4,6 +4,7 @@ from configparser import ConfigParser
 import numpy as np, pytest
 from packaging.requirements import Requirement
 import house
+from architecture import imported_modules
 from pages import pages
 from penaltyanon.core.files import read_yaml
 from conftest import BIN, FIGURES, LIBRARY, ROOT, RUNS, WINGS, code_cells, python, repository_files, run
@@ -96,15 +97,9 @@ ROOMS = {f"{p.parent.name}.{p.stem.partition('_')[2]}": (WINGS.index(p.parent.na
 
 
 def imported(source, room):
-    "Modules of this package that a module, or the lessons of its notebook, import, anywhere in them."
-    package = ["penaltyanon", *room.split(".")[:-1]]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): full = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[:len(package) - node.level + 1] if node.level else []) + ("." if node.level and node.module else "") + (node.module or "")
-            full = [base, *(f"{base}.{a.name}" for a in node.names)]
-        else: continue
-        yield from {m.removeprefix("penaltyanon.") for m in full} & ROOMS.keys()
+    "Rooms that a module, or the lessons of its notebook, import, anywhere in them."
+    package = ("penaltyanon", *room.split(".")[:-1])
+    return {m.removeprefix("penaltyanon.") for m in imported_modules(source, package)} & ROOMS.keys()
 
 
 @pytest.mark.parametrize("room", ROOMS)

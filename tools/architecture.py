@@ -26,21 +26,24 @@ def rooms_of(wing: str) -> list[str]:
     return [p.stem.partition("_")[2] for p in sorted(ROOT.glob(f"nbs/{wing}/[0-9]_*.ipynb"))]
 
 
-def wings_used(path: Path) -> set[str]:
-    "Wings that a module imports from, anywhere in it."
-    package = ["penaltyanon", *path.relative_to(ROOT/"penaltyanon").parts[:-1]]
+def imported_modules(source: str, package: tuple[str, ...]) -> set[str]:
+    "Full names of what a module of `package` imports, anywhere in it; of `from a import b` both a and a.b."
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
-            full = [*base, *(node.module or "").split(".")]
-        elif isinstance(node, ast.Import):
-            full = node.names[0].name.split(".")
-        else:
-            continue
-        if full[0] == "penaltyanon" and len(full) > 1 and full[1] in WINGS:
-            found.add(full[1])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{a.name}" for a in node.names)}
     return found
+
+
+def wings_used(path: Path) -> set[str]:
+    "Wings that a module imports from."
+    package = path.relative_to(ROOT).parts[:-1]
+    names = (m.split(".") for m in imported_modules(path.read_text(encoding="utf-8"), package))
+    return {parts[1] for parts in names if parts[0] == "penaltyanon" and len(parts) > 1} & set(WINGS)
 
 
 def arrows() -> Counter:
