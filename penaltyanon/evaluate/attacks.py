@@ -22,10 +22,10 @@ from ..data.records import Collection
 from ..data.sources import open_data, oracle_collection
 from ..nets.anonymizers import Identity
 from ..train.batches import clip_data, frame_data
-from penaltyanon.evaluate.attackers import (
-    AnonymizedSet, anonymize_dataset, attacker_builder, clip_frames, evaluate_privacy, evaluate_utility, heldout_mask,
-    save_predictions)
+from .attackers import (
+    attacker_builder, evaluate_privacy, evaluate_utility, heldout_mask, save_predictions)
 from .protocols import Attack, data_spec
+from .store import AnonymizedSet, anonymize_dataset, clip_frames
 
 # %% ../../nbs/evaluate/4_attacks.ipynb #2048c943
 def anonymize_part(
