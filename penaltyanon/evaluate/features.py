@@ -14,6 +14,7 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ def network_features(
 # %% ../../nbs/evaluate/6_features.ipynb #12d3a135
 Features = dict[str, np.ndarray]  # what saw (clips, frames) -> (n, d)
 
+# %% ../../nbs/evaluate/6_features.ipynb #4f0c793b
 @torch.no_grad()
 def extract_features(
     f_A: nn.Module,  # frozen anonymizer
@@ -168,7 +170,9 @@ class FeatureSource:
     ) -> Features:
         "Features of one part of a data set, at one moment, in one crop."
         key = (c.name, str(c.root), part, moment, seed, raw)
-        if key not in self.seen: self.seen[key] = self._raw(c, *key[2:5]) if raw else self._compute(self.f_A, c, *key[2:5])
+        if key not in self.seen:
+            compute = self._raw if raw else partial(self._compute, self.f_A)
+            self.seen[key] = compute(c, part, moment, seed)
         return self.seen[key]
 
     def _compute(self, f_A, c, part, moment, seed) -> Features:
@@ -185,6 +189,7 @@ def sampling_key(s: Settings) -> dict:
     "Settings that features depend on."
     return {name: getattr(s, name) for name in ("frames", "skip", "size", "crop", "split", "precision")}
 
+# %% ../../nbs/evaluate/6_features.ipynb #f9ae5f3f
 def network_hash(net: nn.Module) -> str:
     "What makes a feature network: its class, its weights, the sizes that `repr` shows."
     return content_hash(dict(net=type(net).__name__, text=repr(net)), net.state_dict())
@@ -236,6 +241,7 @@ def group_folds(
 # %% ../../nbs/evaluate/6_features.ipynb #adfc3128
 PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the logistic regression
 
+# %% ../../nbs/evaluate/6_features.ipynb #62162ba2
 def fit_probe(
     z: Float[np.ndarray, "n k"],  # of `Axes.project`
     labels: np.ndarray,  # (n,) classes
@@ -288,6 +294,7 @@ class ProbeFound:
     loss: float  # held out, nats
     strength: float  # C, chosen
 
+# %% ../../nbs/evaluate/6_features.ipynb #bd336280
 def run_probe(
     train: Float[np.ndarray, "n d"],  # features
     labels: np.ndarray,  # (n,) classes

@@ -54,12 +54,14 @@ def link_all(
     "Find the one among all."
     return LinkTask(np.ones((n, n), bool), np.eye(n, dtype=bool), np.zeros(n, int))
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #e2ff604e
 def link_within(
     classes: np.ndarray,  # (n,) action of each pair
 ) -> LinkTask:
     "Find the one among those of the same action."
     return LinkTask(classes[:, None] == classes, np.eye(len(classes), dtype=bool), classes)
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #5d3b1966
 def link_recordings(
     classes: np.ndarray,  # (n,) action of each clip
     groups: np.ndarray,  # (n,) recording session of each clip
@@ -94,6 +96,7 @@ def permutation_p(
     better = sum((shares * same[:, exchange(task.blocks, rng)]).sum() >= found - 1e-9 for _ in range(repeats))
     return (1 + better) / (1 + repeats)
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #e9de9019
 def exchange(
     blocks: np.ndarray,  # (g,)
     rng: np.random.Generator,
@@ -107,6 +110,7 @@ def exchange(
 # %% ../../nbs/evaluate/7_linkage.ipynb #0a1d2c95
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]  # features of queries and of a gallery -> (q, g)
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #67947c2e
 def cosines(
     a: Float[np.ndarray, "q k"],
     b: Float[np.ndarray, "g k"],
@@ -179,6 +183,7 @@ TASKS = dict(
     within=lambda pairs: link_within(pairs.classes),
     recordings=lambda pairs: link_recordings(pairs.classes, pairs.groups))
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #77a40cd6
 def heldout_hits(
     attacker: tuple[str, str],
     pairs: LinkPairs,  # of training
@@ -200,6 +205,7 @@ def attacker_list(
     "Every attacker that can be tried; the map-free one only where both sides are seen alike."
     return [(sees, name) for sees in feature_sets(pairs.query) for name in ATTACKERS]
 
+# %% ../../nbs/evaluate/7_linkage.ipynb #d211e219
 def strongest_attackers(
     pairs: LinkPairs,  # of training
     tasks: tuple[str, ...],
