@@ -526,3 +526,33 @@ def test_real_clips(tmp_path):
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["fuzz"]: fuzz(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+
+
+def negative_onnx(path):
+    "An exported anonymizer that inverts its frames: one operation and a card."
+    onnx = pytest.importorskip("onnx")
+    from penaltyanon.edge import export
+    def frames(name): return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, ["n", "h", "w", 3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("BitwiseNot", ["frames"], ["out"])], "toy", [frames("frames")], [frames("out")])
+    net = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    net.metadata_props.add(key="penaltyanon", value=json.dumps({"multiple": 1, "file_sha256": export._NO_CHECKSUM}))
+    data = net.SerializeToString()
+    path.write_bytes(export._set_checksum(data, export._checksum(data)))
+
+
+@pytest.mark.parametrize("model", ["blur-strong", "pixelate", "net.onnx"])
+def test_what_needs_no_pytorch_does_not_wait_for_it(tmp_path, model):
+    "A blur and an exported network start without PyTorch, and without what only training and figures need."
+    if model.endswith(".onnx"):
+        pytest.importorskip("onnxruntime")
+        negative_onnx(tmp_path/model)
+        model = str(tmp_path/model)
+    film(tmp_path/"in.mp4", numbered(3, 32, 32))
+    slow = ("torch", "torchvision", "segmentation_models_pytorch", "pandas", "matplotlib", "scipy", "sklearn", "cv2")
+    code = (f"import sys; sys.argv = ['penaltyanon', 'anonymize', {str(tmp_path/'in.mp4')!r}, '--model', {model!r}]\n"
+            "from penaltyanon.cli import main\n"
+            "try: main()\n"
+            f"finally: print('loaded', [name for name in {slow} if name in sys.modules])")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0 and "1 done of 1 file" in said.stdout, said
+    assert said.stdout.strip().endswith("loaded []"), said.stdout
