@@ -191,6 +191,16 @@ def _spaced_numbers(
     "Numbers of evenly spaced frames: the middles of `views` equal parts."
     return [int((view + 0.5) * count / views) for view in range(views)]
 
+# %% ../../nbs/data/4_datasets.ipynb #f7cb561a
+def _random_numbers(
+    count: int,  # frames of the video
+    apart: int,  # from the first frame of a pair to the second; 0: one frame
+    rng: torch.Generator,
+) -> list[int]:
+    "The number of a random frame, or of the two of a pair."
+    first = int(torch.randint(max(1, count - apart), (), generator=rng))
+    return [first, min(first + apart, count - 1)] if apart else [first]
+
 # %% ../../nbs/data/4_datasets.ipynb #c071
 class FrameDataset(_RecordDataset):
     "Single frames, of images or of videos."
@@ -198,17 +208,18 @@ class FrameDataset(_RecordDataset):
         self,
         records: Sequence[Record],  # of images or videos
         views: int = 1,  # training: augmented copies of one frame; testing: evenly spaced frames
+        apart: int = 0,  # training: the second view is of the frame so many later; 0: of the same frame
         **shared,  # size, crop, train, cache, seed and augmentation, as in `_RecordDataset`
     ):
         super().__init__(records, **shared)
-        self.views = views
+        self.views, self.apart = views, apart
 
     def __getitem__(self, index: int) -> dict:  # frame (3, s, s) or (views, 3, s, s), and `_item_labels`
         record, rng = self.records[index], self._generator(index)
         if self.train:
-            numbers = [int(torch.randint(record.frames, (), generator=rng))]
-            frame = self._read_frames(record, numbers)
-            frames = [self._augment_frames(frame, rng)[:, 0] for _ in range(self.views)]
+            numbers = _random_numbers(record.frames, self.apart, rng)
+            kept = self._read_frames(record, numbers).split(1)
+            frames = [self._augment_frames(kept[i % len(kept)], rng)[:, 0] for i in range(self.views)]
         else:
             numbers = _spaced_numbers(record.frames, self.views)
             frames = center_clip(self._read_frames(record, numbers), self.size, self.crop).unbind(1)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..core.checkpoints import Checkpointer, RunContext, maybe_save
 from ..core.files import atomic_write
-from ..core.settings import Settings
+from ..core.settings import Settings, evaluation_weights
 from ..data.records import Collection
 from ..data.sources import split_holdout
 from ..nets.recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
@@ -300,8 +300,9 @@ def attacker_builder(
     weights: str = "",  # that it starts from
 ) -> Callable[[], nn.Module]:
     "A function that builds a fresh attacker: one of clips is f_T' or a video-level f_B', one of frames is f_B'."
-    if sees == "clips": known, own = ACTION_MODELS, (s.eval_action_model or s.action_model, s.action_weights)
-    else: known, own = PRIVACY_MODELS, (s.eval_privacy_model or s.privacy_model, s.privacy_weights)
+    own_action, own_privacy = evaluation_weights(s)
+    if sees == "clips": known, own = ACTION_MODELS, (s.eval_action_model or s.action_model, own_action)
+    else: known, own = PRIVACY_MODELS, (s.eval_privacy_model or s.privacy_model, own_privacy)
     model, weights = (model, weights) if model else own
     return lambda: build_model(model, outputs, known, weights)
 

@@ -6,7 +6,8 @@
 __all__ = ['NORM_KINETICS', 'NORM_SLOWFAST', 'NORM_SYMMETRIC', 'ACTION_MODELS', 'PRIVACY_MODELS', 'HUB', 'conv_block', 'ResBlock',
            'with_motion', 'small_stages', 'SmallResNet', 'r3d_small', 'r2d_small', 'remove_last_layer', 'check_input',
            'Recognizer', 'i3d_r50', 'i3d', 'c3d', 'r3d18', 'r2plus1d18', 'MViT', 'mvit_v2_s', 'resnet', 'mobilenet_v2',
-           'Projector', 'load_builder', 'local_weights', 'weights_file', 'build_model']
+           'Projector', 'load_builder', 'local_weights', 'weights_file', 'build_model', 'weights_in_use',
+           'missing_weights', 'check_weights']
 
 # %% ../../nbs/nets/3_recognizers.ipynb #c002
 import importlib.util
@@ -21,6 +22,7 @@ from torch import Tensor
 from torchvision import models
 from torchvision.models import video
 from ..core.files import UsageError, UserError
+from ..core.settings import TRAINED_METHODS, Settings, evaluation_weights
 from .clipnets import C3D, I3D
 from .weights import fetch_weights, load_trunk, weights_folders
 from .anonymizers import Normalize
@@ -320,3 +322,32 @@ def build_model(
     net = (known[spec] if spec in known else load_builder(spec))(outputs)
     if weights: load_trunk(net, weights_file(spec, weights))
     return net
+
+# %% ../../nbs/nets/3_recognizers.ipynb #a4585d45
+def weights_in_use(
+    s: Settings,
+) -> dict[tuple, str]: # (model, weights) -> the setting that asks for them
+    "The pretrained weights that a run needs, in training and evaluation."
+    action, privacy = evaluation_weights(s)
+    used = {(s.eval_privacy_model or s.privacy_model, privacy): "eval_privacy_weights",
+            (s.eval_action_model or s.action_model, action): "eval_action_weights",
+            (s.action_model, s.action_weights): "action_weights"}
+    if s.method in TRAINED_METHODS: used[s.privacy_model, s.privacy_weights] = "privacy_weights"
+    return {pair: name for pair, name in used.items() if pair[1]}
+
+# %% ../../nbs/nets/3_recognizers.ipynb #4b2f40ff
+def missing_weights(
+    model: str, # name, or path/file.py:builder
+    weights: str, # a path, or a key of HUB
+) -> str: # what is wrong with them; "" when they are there
+    "Find or fetch weights."
+    try: path = weights_file(model, weights)
+    except UserError as e: return str(e)
+    return "" if path.is_file() else f"{path}: no such weights file"
+
+# %% ../../nbs/nets/3_recognizers.ipynb #b1f0a860
+def check_weights(s: Settings):
+    "Refuse a run whose pretrained weights cannot be had, before any work."
+    found = {name: missing_weights(*pair) for pair, name in weights_in_use(s).items()}
+    lines = [f"{name}: {line}; or go without: {name}=none" for name, line in found.items() if line]
+    if lines: raise UserError("; ".join(lines) + " (`penaltyanon weights` lists them)")

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from ..core.files import UserError, atomic_write, read_json
 from ..core.run_folder import RunFolder
-from ..core.settings import Settings, settings_dict
+from ..core.settings import Settings, evaluation_weights, left_out_weights, settings_dict
 from ..evaluate.intervals import accuracies, mean_precisions, percentile_interval, resample_counts
 from .paper import PAPER_COLUMNS, misprinted_drops, paper_wide, table_footnotes
 from .report import (INTERVAL_NOTE, describe_conditions, load_results, missing_runs, open_runs,
@@ -49,8 +49,9 @@ def _main_attackers(
     s: Settings,   # of a run
 ) -> dict:         # kind -> (model, weights)
     "The networks that judge every run: f_T reads actions, f_B attributes."
-    return {"action": (s.eval_action_model or s.action_model, s.action_weights),
-            "privacy": (s.eval_privacy_model or s.privacy_model, s.privacy_weights)}
+    action, privacy = evaluation_weights(s)
+    return {"action": (s.eval_action_model or s.action_model, action),
+            "privacy": (s.eval_privacy_model or s.privacy_model, privacy)}
 
 # %% ../../nbs/results/2_tables.ipynb #c009
 def _known_measurements(
@@ -117,11 +118,13 @@ def name_rows(
     labels: list[str],      # of each run
     settings: list[dict],   # of each run
 ) -> list[str]:
-    "The label, and what tells runs of the same label apart."
+    "The label, weights that the preset asks for and the run lacks, and what tells runs of the same label apart."
     rows = []
     for label, mine in zip(labels, settings):
+        without = left_out_weights(mine)
         differ = distinguishing_settings([s for l, s in zip(labels, settings) if l == label])
-        rows.append(", ".join([label, *(_format_setting(k, mine[k]) for k in differ)]))
+        told = [_format_setting(k, mine[k]) for k in differ if k not in without]
+        rows.append(", ".join([label, *(f"{name} = none" for name in without), *told]))
     return rows
 
 # %% ../../nbs/results/2_tables.ipynb #c017

@@ -117,8 +117,10 @@ def prepare_puppets(
 def prepare_data(
     s: Settings,   # action_data, privacy_data, attributes
 ):                 # both collections: clips, images
-    "Make the puppets of a run, and check both data sets."
+    "Check the weights of a run, make its puppets, and check both data sets."
     from penaltyanon.data.sources import open_data
+    from penaltyanon.nets.recognizers import check_weights
+    check_weights(s)
     prepare_puppets((s.action_data, s.privacy_data), s)
     return open_data(s.action_data, s.split, s.attributes), open_data(s.privacy_data, s.split)
 

@@ -41,7 +41,7 @@ def rms(
     x: Float[Tensor, "n 3 ..."],  # clips or frames
     y: Float[Tensor, "n 3 ..."],  # anonymized
     units: str = "std",  # or "pixel", "motion"
-    eps: float = 1e-12,  # a finite gradient at x = y
+    eps: float = 1e-12,  # for a gradient at x = y
 ) -> Float[Tensor, "n"]:  # in `units`
     "RMS change of each sample (the norm of Eq. 4)."
     return (reduce(_difference(x, y, units).square(), "n ... -> n", "mean") + eps).sqrt()

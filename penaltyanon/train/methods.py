@@ -43,6 +43,7 @@ def make_anonymizer(
 def attribute_loss_of_views(
     z: Float[Tensor, "two_m k"],  # logits of one privacy model, first views first
     labels: Float[Tensor, "m k"],  # 0, 1, NaN where unknown
+    s: Settings | None = None,  # unused
 ) -> Float[Tensor, ""]:  # L_B of that model
     "`attribute_loss`, both views of an image with its labels."
     return attribute_loss(z, torch.cat([labels, labels]))

@@ -43,9 +43,10 @@ def action_loss(
 def contrastive_loss(
     z: Tensor,  # (2 m, d) outputs of one privacy model, first views first
     labels: Tensor,  # (m, k), unused: the loss is self-supervised
+    s: Settings,  # temperature, symmetric
 ) -> Tensor:  # L_B of that model
-    "NT-Xent between the two views (Eq. 6)."
-    return nt_xent(*z.chunk(2))
+    "NT-Xent between the two of each pair (Eq. 6)."
+    return nt_xent(*z.chunk(2), s.temperature, s.symmetric)
 
 # %% ../../nbs/train/3_minimax.ipynb #c024
 def fool_strongest(
@@ -87,7 +88,7 @@ def do_nothing(
 class Method:
     "What the networks minimize and how they are built; the defaults are the penalty method and SPAct."
     utility_loss: Callable = action_loss  # (f_T, x_anon, Batch, Settings) -> L_T, minimized by f_A and f_T
-    privacy_loss: Callable = contrastive_loss  # (z, labels) -> L_B, minimized by each privacy model
+    privacy_loss: Callable = contrastive_loss  # (z, labels, Settings) -> L_B, minimized by each privacy model
     adversarial_loss: Callable = fool_strongest  # (f_A, all z, all L_B) -> what f_A minimizes against them
     extra_loss: Callable | None = None  # (f_A, x_anon, Batch) -> another term for f_A alone
     clip_dataset: Callable = clip_data  # (Settings, records, train, seed) -> data set of training clips
@@ -185,7 +186,7 @@ def recognizer_losses(
         z = torch.stack([nets.ranks.gather(f_B(v_anon)) for f_B in networks_of(nets.f_B)])
         labels = nets.ranks.gather(b.labels, 1)
         loss_T = method.utility_loss(nets.f_T, x_anon, b, s)
-        return loss_T, torch.stack([method.privacy_loss(one, labels) for one in z]), z
+        return loss_T, torch.stack([method.privacy_loss(one, labels, s) for one in z]), z
 
 # %% ../../nbs/train/3_minimax.ipynb #c036
 def clip_and_step(
@@ -325,7 +326,7 @@ def extra_privacy_step(
     with autocast(s, nets.device), torch.no_grad(): v_anon = nets.f_A(views)
     with autocast(s, nets.device, recognizer=True):
         outputs = [(nets.ranks.gather(f_B(v_anon)), nets.ranks.gather(labels, 1)) for f_B in networks_of(nets.f_B)]
-        sum(method.privacy_loss(z, labels) for z, labels in outputs).backward()
+        sum(method.privacy_loss(z, labels, s) for z, labels in outputs).backward()
     clip_and_step(nets.f_B, nets.opt_B, s, nets.ranks)
 
 # %% ../../nbs/train/3_minimax.ipynb #c043
@@ -347,12 +348,13 @@ def explain_out_of_memory(settings: str):  # names of those to lower
     try: yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error): raise
-        line = f"out of memory; lower {settings}, and start again: the work goes on from the last checkpoint"
-        raise UserError(line) from error
+        raise UserError(f"out of memory; lower {settings}, and start again: "
+                        "it goes on from the last checkpoint") from error
 
 # %% ../../nbs/train/3_minimax.ipynb #c055
 _WITH_STATE = ("f_A", "f_T", "f_B", "opt_A", "opt_T", "opt_B")
 
+# %% ../../nbs/train/3_minimax.ipynb #b313515b
 def training_state(
     nets: Networks,
 ) -> dict:  # its own tensors
@@ -369,8 +371,7 @@ def resume_training(
     "Put networks back into a state."
     state = copy.deepcopy(state)
     for name in _WITH_STATE: getattr(nets, name).load_state_dict(state[name])
-    nets.lam = Multiplier(*state["lam"])
-    nets.step, nets.initial_f_B = state["step"], state["rested"]
+    nets.lam, nets.step, nets.initial_f_B = Multiplier(*state["lam"]), state["step"], state["rested"]
     freeze_batchnorm(nets.f_A)
     return nets
 

@@ -30,6 +30,7 @@ from ..core.run_folder import RunFolder
 from ..core.settings import START_FIELDS, Settings, settings_dict, start_key
 from ..data.records import Collection
 from ..nets.anonymizers import load_anonymizer, save_anonymizer
+from ..nets.recognizers import check_weights
 from .batches import EndlessBatches, clip_data, frame_data, load_collections
 from .methods import METHODS, make_anonymizer
 from .minimax import Method, Networks, make_networks, minimax
@@ -109,7 +110,7 @@ def prepare_start(
     checkpointer = Checkpointer(path.with_suffix(".ckpt"), s, rows, must_match=START_FIELDS)
     for row in read_rows(rows): context.log(row)  # of an attempt that was interrupted
     own = replace(context, log=log_rows_to(rows, context.log), checkpointer=checkpointer)
-    if checkpointer.stage != "warmup":
+    if checkpointer.stage != "warmup" and not s.anonymizer_weights:
         clips, views = training_batches(s, actions, images, s.batch_clips, s.batch_images)
         for stream in (clips, views): stream.seek(1)
         print(f"identity: L1 = {pretrain_identity(nets.f_A, views, clips, own):.4f}")
@@ -150,7 +151,6 @@ def begin_from_shared_start(
 
 # %% ../../nbs/train/6_trainer.ipynb #45093223
 def _open_context(run: RunFolder, ranks: Ranks, progress: bool) -> RunContext:
-    "What travels through a run."
     s = run.settings
     device = ranks.fabric.device if ranks.fabric else pick_device(s.device)
     checkpointer = Checkpointer(run/"checkpoints"/"train.ckpt", s, run/"metrics.jsonl", writes=ranks.is_first)
@@ -182,6 +182,7 @@ def train(
 ) -> tuple[nn.Module, dict]:  # f_A, the trainer's record
     "Identity, warm-up, Algorithm 1, bound; resumes from its checkpoint, and does nothing where weights are there."
     if (run/"anonymizer.safetensors").exists(): return _load_trained(run)
+    check_weights(run.settings)
     s, context = run.settings, _open_context(run, ranks, progress)
     seed_everything(s.seed)
     nets = make_run_networks(s, actions, images, context.device)
