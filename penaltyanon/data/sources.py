@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VP_LABEL_FILES', 'LABEL_SUFFIX', 'VISPR1', 'VISPR2', 'VISPR_PA', 'SOURCES', 'HMDB_SUFFIX', 'ucf101', 'hmdb51',
-           'pa_hmdb51', 'attribute_images', 'vispr', 'open_data', 'oracle_collection', 'data_manifest', 'split_holdout']
+           'pa_hmdb51', 'attribute_images', 'vispr', 'open_data', 'oracle_collection', 'data_manifest', 'record_group',
+           'record_groups', 'split_holdout']
 
 # %% ../../nbs/data/3_sources.ipynb #07be2d48
 import csv
@@ -761,6 +762,25 @@ def _group_name(
     "What must stay together: a UCF group, the clips that HMDB51 cut from one film, or the file alone."
     group = re.search(r"_g(\d+)_c\d+", name)
     return group.group(1) if group else HMDB_SUFFIX.sub("", LABEL_SUFFIX.sub("", name))
+
+# %% ../../nbs/data/3_sources.ipynb #61e5b0bb
+def record_group(
+    name: str,  # of a record
+) -> str:
+    "The recording that a record comes from: a UCF101 group of one class, a film of HMDB51, or the file alone."
+    stem = LABEL_SUFFIX.sub("", name)
+    action, _, film = HMDB_SUFFIX.sub("", stem).rpartition("/")
+    if HMDB_SUFFIX.search(stem): return film.removesuffix(f"_{action}")
+    return re.sub(r"(_g\d+)_c\d+$", r"\1", stem)
+
+# %% ../../nbs/data/3_sources.ipynb #9b667554
+def record_groups(
+    names: Iterable[str],  # of records
+    data: str = "",  # loader or spec; each generated puppet is a person of its own, whatever its file is called
+) -> list[str]:  # a recording for each
+    "What an interval must draw together."
+    names = [str(name) for name in names]
+    return names if data.startswith("puppets") else [record_group(name) for name in names]
 
 # %% ../../nbs/data/3_sources.ipynb #00dda4b8
 def _group_records(
