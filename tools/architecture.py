@@ -16,7 +16,7 @@ SAYS = {
     "edge": "real video without PyTorch: streams, guards, command, ONNX",
     "data": "readers, official data sets, generated puppets, checks",
     "nets": "f_A, f_T, f_B, closed-form methods, pretrained weights",
-    "core": "files, machine, settings, run folder, checkpoints",
+    "core": "files, machine, settings, run folder, checkpoints, shared",
 }
 FLOOR, LEFT, ROOM, WIDTH = 76, 250, 92, 1060     # pixels: height of a floor, where rooms begin, width of a room, of the picture
 

@@ -32,11 +32,12 @@ from ..core.settings import Settings, evaluation_weights
 from ..data.records import Collection
 from ..data.sources import split_holdout
 from ..nets.recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
-from ..train.batches import autocast, clip_data, frame_data
+from ..train.batches import autocast
 from ..train.losses import attribute_loss
 from ..train.minimax import check_finite, explain_out_of_memory, set_mode
 from .intervals import accuracies, mean_precisions, percentile_interval, resample_counts
-from .store import AnonymizedSet, anonymize_dataset, clip_frames
+from .store import (
+    AnonymizedSet, anonymize_dataset, anonymize_part, check_store_space, clip_frames, take_views, views_at_once)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c005
 def top1(
@@ -98,14 +99,18 @@ def predict_logits(
     net: nn.Module,  # attacker
     x: UInt8[Tensor, "n views 3 ..."],  # anonymized clips or frames
     context: RunContext,  # settings: eval_batch, precision
-) -> Float[Tensor, "n views k"]:  # logits, on the CPU
-    "Logits of every view of every sample."
+    samples: Int[Tensor, "m"] | None = None,  # which of the n; None: all
+) -> Float[Tensor, "m views k"]:  # logits, on the CPU
+    "Logits of every view of every sample, read a batch at a time."
     s, logits = context.settings, []
     set_mode([], [net])
-    for part in rearrange(x, "n v ... -> (n v) ...").split(4 * s.eval_batch):
-        with autocast(s, context.device, recognizer=True):
-            logits.append(net(part.to(context.device).float() / 255).float().cpu())
-    return rearrange(torch.cat(logits), "(n v) k -> n v k", n=len(x))
+    samples = torch.arange(len(x)) if samples is None else samples
+    pairs = torch.cartesian_prod(samples, torch.arange(x.shape[1]))
+    size = max(s.eval_batch, views_at_once(x.shape[2:], 4 * s.eval_batch))
+    for part in pairs.split(size):
+        batch = take_views(x, *part.unbind(1)).to(context.device).float() / 255
+        with autocast(s, context.device, recognizer=True): logits.append(net(batch).float().cpu())
+    return rearrange(torch.cat(logits), "(n v) k -> n v k", n=len(samples))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c44edbc5
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def next_attacker_batch(
     "A random view of each sample of the next batch, augmented."
     index, training.batches = training.batches[0], training.batches[1:]
     view = torch.randint(x.shape[1], (len(index),), generator=training.generator)
-    return index, augment_anonymized(x[index, view].to(device).float() / 255, training.generator)
+    return index, augment_anonymized(take_views(x, index, view).to(device).float() / 255, training.generator)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #e5eca40c
 def attacker_step(
@@ -223,13 +228,14 @@ def fit_epoch(
 # %% ../../nbs/evaluate/2_attackers.ipynb #7140b857
 def heldout_loss(
     training: AttackerTraining,
-    x: UInt8[Tensor, "n views 3 ..."],  # anonymized, held out
-    y: Tensor,  # their classes or attributes
+    x: UInt8[Tensor, "n views 3 ..."],  # anonymized training data
+    y: Tensor,  # (n,) classes or (n, k) attributes
+    heldout: Bool[Tensor, "n"],  # the held-out part
     context: RunContext,
 ) -> float:
     "Loss of logits averaged over views."
-    logits = predict_logits(training.net, x, context).mean(1)
-    return float(training.recipe.loss(logits, y))
+    logits = predict_logits(training.net, x, context, heldout.nonzero().squeeze(1)).mean(1)
+    return float(training.recipe.loss(logits, y[heldout]))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #821d80ba
 @explain_out_of_memory("eval_batch or size")
@@ -249,7 +255,7 @@ def fit_attacker(
     bar = tqdm(range(training.epoch, recipe.epochs), desc=stage, disable=not context.progress, mininterval=1)
     for epoch in bar:
         loss = held_loss = fit_epoch(training, x, y, context, stage)
-        if heldout.any(): held_loss = heldout_loss(training, x[heldout], y[heldout], context)
+        if heldout.any(): held_loss = heldout_loss(training, x, y, heldout, context)
         training.keep_best(held_loss)
         context.log({"epoch": epoch + 1, "loss": loss, "held_loss": held_loss})
         bar.set_postfix(loss=f"{loss:.3f}", held=f"{held_loss:.3f}")
@@ -370,17 +376,11 @@ def heldout_mask(
 # %% ../../nbs/evaluate/2_attackers.ipynb #c046
 def anonymize_splits(
     f_A: nn.Module,  # frozen anonymizer
-    make_data: Callable,  # `clip_data` or `frame_data`
     collection: Collection,
-    desc: str,  # of the progress bar
     context: RunContext,  # settings: seed, eval_train_views, eval_views
 ) -> tuple[AnonymizedSet, AnonymizedSet]:  # train, test
     "Train and test split of a collection, anonymized."
-    s = context.settings
-    train = make_data(s, collection.train, True, s.seed)
-    test = make_data(s, collection.test, False, views=s.eval_views)
-    return (anonymize_dataset(f_A, train, context, s.eval_train_views, f"{desc} train"),
-            anonymize_dataset(f_A, test, context, 1, f"{desc} test"))
+    return anonymize_part(f_A, collection, True, context), anonymize_part(f_A, collection, False, context)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #e1d70ec5
 def stage_context(
@@ -423,8 +423,9 @@ def evaluate(
 ) -> tuple[dict, dict]:  # utility, privacy on images and on frames of the clips, rms, minutes; predictions by part
     "Utility and privacy of a frozen anonymizer, by fresh attackers."
     began, s, f_A = time.time(), context.settings, f_A.to(context.device)
-    train, test = anonymize_splits(f_A, clip_data, actions, "clips", context)
-    train_images, test_images = anonymize_splits(f_A, frame_data, images, "images", context)
+    check_store_space(f_A, [(c, train) for c in (actions, images) for train in (True, False)], context)
+    train, test = anonymize_splits(f_A, actions, context)
+    train_images, test_images = anonymize_splits(f_A, images, context)
     heldout, heldout_images = heldout_mask(actions, s), heldout_mask(images, s)
     frames, test_frames = clip_frames(train, apart=True), clip_frames(test)
     heldout_frames = heldout.repeat_interleave(train.x.shape[1])

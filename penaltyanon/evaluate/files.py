@@ -32,6 +32,7 @@ class ExportedAnonymizer(nn.Module):
     ):
         super().__init__()
         self.model = model
+        if model.sha256: self.config = dict(sha256=model.sha256)   # which says all about it
 
     def forward(self,
         x: Float[Tensor, "n 3 h w"],    # [0, 1], any size
