@@ -112,13 +112,7 @@ def test_a_parameters_cell_and_overrides_are_the_settings(s):
     "What a run notebook is given, split as papermill does it."
     values = settings.settings_dict(s)
     cell = {name: values.pop(name) for name in ("preset", *settings.NOTEBOOK_PARAMETERS)}
-    cell |= {name: "" for name in settings.EMPTY_MEANS_PRESET if not cell[name]}
-    expected = resolve(**cell, **values)
-    if not s.action_data or not s.privacy_data:     # "" stands for the preset's
-        base = resolve(s.preset)
-        expected = replace(expected, action_data=s.action_data or base.action_data,
-                           privacy_data=s.privacy_data or base.privacy_data)
-    assert settings.settings_from(cell | dict(overrides=values, run_root="", show_frames=True)) == expected
+    assert settings.settings_from(cell | dict(overrides=values, run_root="", show_frames=True)) == resolve(**cell, **values)
 
 
 numbers = [f.name for f in fields(Settings) if type(getattr(Settings(), f.name)) in (int, float)]

@@ -23,6 +23,7 @@ import yaml
 class UserError(Exception):
     "One clear line that names the file or parameter at fault and the way out."
     exit_code = 1
+    def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]     # asked for by IPython
 
 # %% ../../nbs/core/0_files.ipynb #c006
 class UsageError(UserError):
@@ -35,7 +36,8 @@ def nearest(
     known,       # iterable of the names that exist
 ) -> str:        # the known name most like it
     "The known name that is most like `name`, for `did you mean` lines."
-    return difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.0)[0]
+    names = {str(k).casefold(): str(k) for k in known}     # b is meant as B
+    return names[difflib.get_close_matches(str(name).casefold(), names, n=1, cutoff=0.0)[0]]
 
 # %% ../../nbs/core/0_files.ipynb #53c36ca0
 def _explain_unwritable(

@@ -7,7 +7,6 @@ __all__ = ['find_notebook', 'notebook_parameters', 'check_parameters', 'has_star
            'shrink_png', 'lighten_notebook', 'run_notebook_steps', 'run_notebook']
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #a1c140a9
-import ast
 import base64
 import importlib.util
 import io
@@ -26,6 +25,7 @@ from PIL import Image
 import penaltyanon
 from ..core.files import UsageError, UserError, read_json, write_json, write_yaml
 from ..core.machine import die_with_parent
+from ..core.parameters import parse_parameters
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c027
 def find_notebook(
@@ -54,10 +54,10 @@ def notebook_parameters(
     path: str | Path,   # a notebook
 ) -> dict:              # name -> default
     "The literals of a notebook's one parameters cell."
-    statements = ast.parse(_parameters_source(path)).body
-    try: return {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
-    except (AttributeError, ValueError):
+    try: declared = parse_parameters(_parameters_source(path))
+    except ValueError:
         raise UserError(f"the parameters cell of {path} holds more than `name = literal`") from None
+    return {name: default for name, (_, default) in declared.items()}
 
 # %% ../../nbs/sweep/1_notebooks.ipynb #c030
 def check_parameters(
