@@ -214,8 +214,8 @@ def test_offline_says_what_to_place_where(kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"w")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"t"))
     with pytest.raises(UserError) as e: weights_file(name, kind)
-    monkeypatch.delenv("PENALTYANON_WEIGHTS")
-    with pytest.raises(UserError, match=f"place it as {tmp_path}/t/hub/checkpoints/"): weights_file(name, kind)
+    monkeypatch.delenv("PENALTYANON_WEIGHTS"); monkeypatch.setenv("PENALTYANON_CACHE", str(tmp_path/"c"))
+    with pytest.raises(UserError, match=f"place it as {tmp_path}/c/weights/"): weights_file(name, kind)
     url = HUB[kind][name]
     assert "\n" not in str(e.value) and url in str(e.value) and str(tmp_path/"w"/url.rsplit("/", 1)[-1]) in str(e.value)
     digits = re.search(r"-([0-9a-f]{8})\.pth", url)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UserError', 'UsageError', 'nearest', 'atomic_path', 'atomic_write', 'file_hash', 'to_plain', 'write_json',
            'read_json', 'write_yaml', 'read_yaml', 'append_row', 'read_rows', 'write_rows', 'lock_file', 'unlock_file',
-           'make_once']
+           'make_once', 'cache_folder']
 
 # %% ../../nbs/core/0_files.ipynb #32daf762
 import difflib
@@ -206,3 +206,12 @@ def make_once(
         if path.exists(): return False
         make(path)
         return True
+
+# %% ../../nbs/core/0_files.ipynb #25ad1155
+def cache_folder(
+    kind: str,   # weights, index, ...
+) -> Path:       # need not exist yet
+    "Where things of one kind are kept for this user."
+    own = os.environ.get(f"PENALTYANON_{kind.upper()}")
+    base = os.environ.get("PENALTYANON_CACHE") or Path.home()/".cache"/"penaltyanon"
+    return Path(own) if own else Path(base)/kind

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..core.files import UserError, file_hash, read_json, write_json
+from ..core.files import UserError, cache_folder, file_hash, read_json, write_json
 from .video import VIDEO_SUFFIXES, VideoError, frame_count, read_image
 
 # %% ../../nbs/data/2_records.ipynb #2bcba0f2
@@ -91,8 +91,7 @@ def _cache_file(
     kind: str,  # index | sha256
 ) -> Path:
     "Where something about the files of one data folder is remembered."
-    base = Path(os.environ.get("PENALTYANON_CACHE") or Path.home()/".cache"/"penaltyanon")
-    return base/kind/f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    return cache_folder(kind)/f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
 
 # %% ../../nbs/data/2_records.ipynb #c014
 def _load_cache(

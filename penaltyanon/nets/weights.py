@@ -8,14 +8,14 @@ __all__ = ['STATE_DICT_KEYS', 'PREFIXES', 'find_checksum', 'verify_checksum', 'w
            'match_tensors', 'find_last_layer', 'fit_tensors', 'check_complete', 'load_trunk']
 
 # %% ../../nbs/nets/1_weights.ipynb #c002
-import os, re
+import re
 from http.client import HTTPException
 from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
-from ..core.files import UserError, file_hash
+from ..core.files import UserError, cache_folder, file_hash
 
 # %% ../../nbs/nets/1_weights.ipynb #c006
 def find_checksum(
@@ -46,9 +46,8 @@ def verify_checksum(
 
 # %% ../../nbs/nets/1_weights.ipynb #c010
 def weights_folders() -> list[Path]: # the first is where a download goes
-    "Where weights are looked for: PENALTYANON_WEIGHTS, then torch's hub cache."
-    own, hub = os.environ.get("PENALTYANON_WEIGHTS"), Path(torch.hub.get_dir())/"checkpoints"
-    return [Path(own), hub] if own else [hub]
+    "Where weights are looked for: PENALTYANON_WEIGHTS or the user's cache, then torch's hub cache."
+    return [cache_folder("weights"), Path(torch.hub.get_dir())/"checkpoints"]
 
 # %% ../../nbs/nets/1_weights.ipynb #017df295
 def download_weights(
