@@ -19,7 +19,8 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
-from ..core.files import UsageError, UserError, nearest
+from ..core.files import UsageError, UserError, file_hash, nearest
+from ..core.settings import parse_file_spec
 from .anonymizers import check_frames
 
 # %% ../../nbs/nets/4_obfuscation.ipynb #c008
@@ -276,15 +277,24 @@ def onnx_regions(
     detect.__name__ = Path(path).name
     return detector_regions(detect, margin)
 
+# %% ../../nbs/nets/4_obfuscation.ipynb #bfaf2d76
+def _detector_of_run(
+    spec: str, # FILE.onnx or FILE.onnx#HASH
+) -> Path:
+    "The file of a detector; refused when it is no longer the one that a run was begun with."
+    path, stated = parse_file_spec(spec)
+    if not stated or not path.is_file() or file_hash(path).startswith(stated): return path
+    raise UserError(f"{path}: is no longer the detector this run was begun with; give it to a sweep again")
+
 # %% ../../nbs/nets/4_obfuscation.ipynb #c051
 def open_regions(
-    spec, # None or "whole" | "people" | "FILE.onnx" | a finder
+    spec, # None or "whole" | "people" | "FILE.onnx" | "FILE.onnx#HASH" | a finder
 ): # a finder
     "The region finder that a word names."
     if callable(spec): return spec
     if spec in (None, "", "whole"): return whole_frame
     if spec == "people": return people_regions()
-    if str(spec).endswith(".onnx"): return onnx_regions(spec)
+    if parse_file_spec(spec)[0].suffix == ".onnx": return onnx_regions(_detector_of_run(spec))
     raise UsageError(f"regions {str(spec)!r}: not known; did you mean {nearest(spec, ['whole', 'people'])!r}, "
                      "or give a file *.onnx")
 

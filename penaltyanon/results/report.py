@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['PAPER_BOUNDS', 'PAPER_FIGURE3', 'PAPER_TABLE3', 'RUN_KEYS', 'CONTROLS', 'OPTIONAL_COLUMNS', 'INTERVAL_COLUMNS',
            'COLOURS', 'STYLE', 'INTERVAL_NOTE', 'MAIN_FIGURES', 'EXTRA_FIGURES', 'PAGE_CSS', 'paper_scores',
-           'flatten_results', 'find_runs_folder', 'open_runs', 'label_rank', 'load_results', 'load_frames',
-           'summarize_runs', 'expected_labels', 'unfinished_runs', 'missing_runs', 'results_table', 'plot_style',
-           'bound_colours', 'spread_labels', 'draw_references', 'draw_curve', 'describe_conditions', 'save_figure',
-           'report_sections', 'figure_notebook', 'page_heading', 'write_report']
+           'shown_label', 'flatten_results', 'find_runs_folder', 'open_runs', 'label_rank', 'name_data', 'load_results',
+           'select_data', 'load_frames', 'summarize_runs', 'expected_labels', 'unfinished_runs', 'missing_runs',
+           'results_table', 'plot_style', 'bound_colours', 'spread_labels', 'draw_references', 'draw_curve',
+           'describe_conditions', 'save_figure', 'report_sections', 'figure_notebook', 'Drawing', 'plan_drawings',
+           'page_heading', 'write_report']
 
 # %% ../../nbs/results/1_report.ipynb #c002
 import base64, html
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from ..core.files import UserError, atomic_write, read_json
+from ..core.files import UserError, atomic_write, nearest, read_json
 from ..core.run_folder import RunFolder, finished_runs
+from ..core.settings import REGION_METHODS, Settings
 from .paper import PAPER_COLUMNS, paper_wide
 from ..sweep.notebooks import run_notebook
 
@@ -65,6 +68,13 @@ def _rms_columns(
 # %% ../../nbs/results/1_report.ipynb #c009
 RUN_KEYS = "method label B penalty lam units scope seed preset action_data privacy_data minutes".split()
 
+# %% ../../nbs/results/1_report.ipynb #1c7cf5f2
+def shown_label(
+    label: str,   # as in results.json
+) -> str:         # e.g. blur-weak (whole frame)
+    "The name of a row, with the region that a closed-form method changes."
+    return f"{label} (whole frame)" if label in REGION_METHODS else label
+
 # %% ../../nbs/results/1_report.ipynb #ac67cf6d
 def _utility_columns(
     found: dict,   # the utility measurement of results.json
@@ -79,7 +89,7 @@ def flatten_results(
 ) -> dict:              # flat
     "The results of a finished run as one flat row."
     r = read_json(Path(path)/"results.json")
-    row = {key: r.get(key) for key in RUN_KEYS}
+    row = {key: r.get(key) for key in RUN_KEYS} | dict(label=shown_label(r["label"]))
     if row["B"] is None: row["B"] = np.inf   # JSON has no infinity
     row |= _utility_columns(r["utility"])
     for where in ("images", "frames"): row |= _privacy_columns(r["privacy"].get(where), where)
@@ -114,6 +124,27 @@ def label_rank(
     if label in CONTROLS: return CONTROLS.index(label)
     return len(CONTROLS) + (not label.startswith("B = "))
 
+# %% ../../nbs/results/1_report.ipynb #20e548d1
+def _data_names(
+    s: Settings,   # of a run
+) -> list[str]:    # e.g. ucf101 + vispr1; with the names of the folders; with the folders
+    "What a run's data may be called, from short to exact."
+    specs = [spec.partition(":") for spec in (s.action_data, s.privacy_data)]
+    short = " + ".join(name for name, _, _ in specs)
+    longer = " + ".join(f"{name} ({Path(root).name})" for name, _, root in specs)
+    split = "" if s.split == 1 else f", split {s.split}"
+    return [f"{name}{split}" for name in (short, longer, f"{s.action_data} + {s.privacy_data}")]
+
+# %% ../../nbs/results/1_report.ipynb #116b3a90
+def name_data(
+    settings: list[Settings],   # of each run
+) -> list[str]:                 # of each run
+    "The shortest names of the runs' data under which no two data sets are the same."
+    for names in zip(*map(_data_names, settings)):
+        exact = {(name, _data_names(s)[-1]) for name, s in zip(names, settings)}
+        if len(exact) == len(set(names)): break
+    return list(names)
+
 # %% ../../nbs/results/1_report.ipynb #c011
 OPTIONAL_COLUMNS = ["rms_clips", "rms_images",
                     *(f"{w}_{c}" for w in ("images", "frames") for c in ("cmap", "lo", "hi", "f1", "base", "n"))]
@@ -121,13 +152,26 @@ OPTIONAL_COLUMNS = ["rms_clips", "rms_images",
 # %% ../../nbs/results/1_report.ipynb #4d08c242
 def load_results(
     root: str | Path,   # a folder of runs, at any depth
-) -> pd.DataFrame:      # one row per run with DONE: controls first, then by B and seed
+) -> pd.DataFrame:      # one row per run with DONE: data by data, controls first, then by B and seed
     "All finished runs under a folder."
-    df = pd.DataFrame([flatten_results(run.path) for run in open_runs(root)])
+    runs = open_runs(root)
+    df = pd.DataFrame([flatten_results(run.path) for run in runs])
+    df["data"] = name_data([run.settings for run in runs])
     for name in OPTIONAL_COLUMNS:
         if name not in df: df[name] = np.nan
     df["rank"] = df.label.map(label_rank)
-    return df.sort_values(["rank", "B", "lam", "seed"], ignore_index=True)
+    return df.sort_values(["data", "rank", "B", "lam", "seed"], ignore_index=True)
+
+# %% ../../nbs/results/1_report.ipynb #3f647c88
+def select_data(
+    df: pd.DataFrame,   # from `load_results`
+    data: str = "",     # as its column `data` names it; "" = the only one there is
+) -> pd.DataFrame:      # the runs on these data
+    "The runs on one pair of data sets; a mixed folder is an error that lists what it holds."
+    names = list(df.data.unique())
+    if not data and len(names) > 1: raise UserError(f"runs on different data: {'; '.join(names)}; give one as `data`")
+    if data and data not in names: raise UserError(f"{data}: no run on such data; did you mean {nearest(data, names)}?")
+    return df[df.data == data].reset_index(drop=True) if data else df
 
 # %% ../../nbs/results/1_report.ipynb #dafb51c0
 def load_frames(
@@ -148,14 +192,14 @@ INTERVAL_COLUMNS = {   # score -> the limits of its interval
 # %% ../../nbs/results/1_report.ipynb #7710c157
 def summarize_runs(
     df: pd.DataFrame,   # from `load_results`
-) -> pd.DataFrame:      # one row per configuration
+) -> pd.DataFrame:      # one row per configuration and data
     "Means over seeds; `seeds` counts them, and `top1_sd` and the like are their standard deviations."
-    keys = ["rank", "label", "method", "B", "lam", "penalty", "units"]
+    keys = ["data", "rank", "label", "method", "B", "lam", "penalty", "units"]
     numbers = [c for c in df.select_dtypes("number") if c not in ("seed", *keys)]
     groups = df.groupby(keys, dropna=False, sort=False)
     means = groups[numbers].mean().join(groups.seed.nunique().rename("seeds"))
     for score in INTERVAL_COLUMNS: means[f"{score}_sd"] = groups[score].std()
-    return means.reset_index().sort_values(["rank", "B", "lam"], ignore_index=True)
+    return means.reset_index().sort_values(["data", "rank", "B", "lam"], ignore_index=True)
 
 # %% ../../nbs/results/1_report.ipynb #766b4120
 def expected_labels(
@@ -176,17 +220,28 @@ def unfinished_runs(
     return [path.name for path in sorted(p.parent for p in begun) if not (path/"DONE").exists()]
 
 # %% ../../nbs/results/1_report.ipynb #c024
-def missing_runs(
-    df: pd.DataFrame,          # from `load_results`
-    root: str | Path = "",     # looked through for unfinished run folders; "" for none
-    B: tuple = PAPER_BOUNDS,   # bounds that a reader expects
-) -> list[str]:                # one line each; empty when all is there
-    "The configurations that have no finished run, and the runs that were begun."
+def _missing_configurations(
+    df: pd.DataFrame,   # from `load_results`, of one pair of data sets
+    B: tuple,           # bounds that a reader expects
+) -> list[str]:         # one line each
+    "The configurations that lack a seed which others have."
     lines, seeds = [], sorted(df.seed.unique())
     for label in expected_labels(df, B):
         there = set(df.seed[df.label == label])
         gaps = [str(s) for s in seeds if s not in there]
         if gaps: lines.append(f"{label}: seed {', '.join(gaps)} missing")
+    return lines
+
+# %% ../../nbs/results/1_report.ipynb #573293c8
+def missing_runs(
+    df: pd.DataFrame,          # from `load_results`
+    root: str | Path = "",     # looked through for unfinished run folders; "" for none
+    B: tuple = PAPER_BOUNDS,   # bounds that a reader expects
+) -> list[str]:                # one line each; empty when all is there
+    "The configurations that have no finished run, data by data, and the runs that were begun."
+    lines, several = [], df.data.nunique() > 1
+    for data, part in df.groupby("data", sort=False):
+        lines += [f"{data}: {line}" if several else line for line in _missing_configurations(part, B)]
     if root: lines += [f"{name}: begun, not finished" for name in unfinished_runs(root)]
     return lines
 
@@ -247,15 +302,24 @@ def _chance_line(
         "cMAP % ↓ action frames": _format_number(run.frames_base, 1)}
 
 # %% ../../nbs/results/1_report.ipynb #2b5daaeb
+def _data_lines(
+    df: pd.DataFrame,   # from `load_results`, of one pair of data sets
+    suffix: str = "",   # of the rows' names
+) -> list[dict]:        # a line each
+    "The configurations on the same data; below raw and oracle stands what guessing reaches there."
+    lines = [_results_line(row) for _, row in summarize_runs(df).iterrows()]
+    controls = sum(line[""] in ("raw", "oracle") for line in lines)
+    lines.insert(controls, dict.fromkeys(lines[0], "–") | _chance_line(df.iloc[0]))
+    return [line | {"": line[""] + suffix} for line in lines]
+
+# %% ../../nbs/results/1_report.ipynb #7b4119a1
 def results_table(
     df: pd.DataFrame,   # from `load_results`
 ) -> pd.DataFrame:      # text, ready to print
-    "The results as a reader wants them: Top-1, cMAP, F1, RMS, and how many seeds."
-    lines = [_results_line(row) for _, row in summarize_runs(df).iterrows()]
-    columns = list(lines[0])
-    controls = sum(line[""] in ("raw", "oracle") for line in lines)
-    lines.insert(controls, _chance_line(df.iloc[0]))
-    return pd.DataFrame(lines, columns=columns).fillna("–").set_index("")
+    "The results as a reader wants them: Top-1, cMAP, F1, RMS, and how many seeds; rows of different data apart."
+    lines, several = [], df.data.nunique() > 1
+    for data, part in df.groupby("data", sort=False): lines += _data_lines(part, f", {data}" if several else "")
+    return pd.DataFrame(lines).set_index("")
 
 # %% ../../nbs/results/1_report.ipynb #c032
 COLOURS = {"raw": "#222222", "oracle": "#009E73", "λ = 0": "#D55E00",
@@ -348,15 +412,21 @@ def draw_curve(
 INTERVAL_NOTE = "Brackets and bars: 95 % bootstrap over test videos or images, averaged over seeds."
 
 # %% ../../nbs/results/1_report.ipynb #e56a662e
+def _data_conditions(
+    df: pd.DataFrame,   # from `load_results`, of one pair of data sets
+) -> str:
+    "Data, preset, n and seeds of runs on the same data."
+    n = {c: f"{int(df[c].max())}" if df[c].notna().any() else "no" for c in ("top1_n", "images_n", "frames_n")}
+    seeds = df.seed.nunique()
+    return (f"Data {df.data.iloc[0]}, preset {', '.join(sorted(set(df.preset)))}; n = {n['top1_n']} test clips, "
+            f"{n['images_n']} test images, frames of {n['frames_n']} clips; {seeds} seed{'s' if seeds > 1 else ''}.")
+
+# %% ../../nbs/results/1_report.ipynb #cd455a69
 def describe_conditions(
     df: pd.DataFrame,   # from `load_results`
 ) -> str:
-    "Data, preset, n and seeds, as a caption states them."
-    data = " + ".join(sorted({spec.partition(":")[0] for spec in [*df.action_data, *df.privacy_data]}))
-    n = {c: f"{int(df[c].max())}" if df[c].notna().any() else "no" for c in ("top1_n", "images_n", "frames_n")}
-    seeds = df.seed.nunique()
-    return (f"Data {data}, preset {', '.join(sorted(set(df.preset)))}; n = {n['top1_n']} test clips, "
-            f"{n['images_n']} test images, frames of {n['frames_n']} clips; {seeds} seed{'s' if seeds > 1 else ''}.")
+    "Data, preset, n and seeds, as a caption states them; one sentence for each pair of data sets."
+    return " ".join(_data_conditions(part) for _, part in df.groupby("data", sort=False))
 
 # %% ../../nbs/results/1_report.ipynb #c044
 def save_figure(
@@ -405,9 +475,10 @@ def report_sections(
 ) -> dict:              # figure -> title
     "What every sweep has, and what was measured beyond it."
     shown = dict(MAIN_FIGURES)
+    other_training = df.action_data.str.match("(vp|pa)-hmdb51:").any()    # columns of Table 1 beside UCF101's
     for name, (title, *patterns) in EXTRA_FIGURES.items():
         found = (file for path in df.path for pattern in patterns for file in Path(path).glob(pattern))
-        if any(found): shown[name] = title
+        if any(found) or (name == "table1_known" and other_training): shown[name] = title
     return shown
 
 # %% ../../nbs/results/1_report.ipynb #75b58b0c
@@ -418,15 +489,37 @@ def figure_notebook(
     if name in PAPER_COLUMNS and name != "table3_lambda": return "figures/table", dict(table=name)
     return f"figures/{name}", {}
 
+# %% ../../nbs/results/1_report.ipynb #603d6da0
+@dataclass(frozen=True)
+class Drawing:
+    "One figure or table of the page."
+    name: str          # a figure of `report_sections`
+    title: str         # its heading
+    out: Path          # folder for what is drawn
+    data: str = ""     # of the runs it shows; "" = of all
+
+# %% ../../nbs/results/1_report.ipynb #8d04cddd
+def plan_drawings(
+    df: pd.DataFrame,   # from `load_results`
+    folder: Path,       # of all drawings
+) -> list[Drawing]:
+    "What the page shows, in its order."
+    data, drawings = list(df.data.unique()), []
+    for name, title in report_sections(df).items():
+        if len(data) == 1 or figure_notebook(name)[1]: drawings.append(Drawing(name, title, folder))
+        else: drawings += [Drawing(name, f"{title} ({d})", folder/f"data{i}", d) for i, d in enumerate(data)]
+    return drawings
+
 # %% ../../nbs/results/1_report.ipynb #c050
 def _draw_figure(
-    name: str,          # a figure of `report_sections`
+    drawing: Drawing,
     root: str | Path,   # a folder of runs
-    out: str | Path,    # folder for what it writes, the executed notebook included
 ) -> str:               # why it cannot be drawn; "" when it was
-    "Run one figure notebook."
-    notebook, parameters = figure_notebook(name)
-    try: run_notebook(notebook, dict(runs=str(root), out=str(out), **parameters), Path(out)/f"{name}.ipynb")
+    "Run one figure notebook; its executed copy lies beside what it writes."
+    notebook, parameters = figure_notebook(drawing.name)
+    if drawing.data: parameters = dict(data=drawing.data)
+    parameters |= dict(runs=str(root), out=str(drawing.out))
+    try: run_notebook(notebook, parameters, drawing.out/f"{drawing.name}.ipynb")
     except UserError as e: return str(e)
     return ""
 
@@ -440,13 +533,12 @@ def _embed_picture(
 
 # %% ../../nbs/results/1_report.ipynb #109e3c89
 def _figure_section(
-    name: str,          # a figure of `report_sections`
-    title: str,         # its heading
-    out: str | Path,    # folder that `_draw_figure` wrote to
+    drawing: Drawing,   # its folder may hold NAME.png, NAME.html, NAME.caption.txt
     reason: str = "",   # why it could not be drawn
 ) -> str:               # HTML
     "One figure or table of the page; what is not there is left out."
-    png, table, caption = (Path(out)/f"{name}{ending}" for ending in (".png", ".html", ".caption.txt"))
+    name, title = drawing.name, html.escape(drawing.title)
+    png, table, caption = (drawing.out/f"{name}{ending}" for ending in (".png", ".html", ".caption.txt"))
     body = f'<p class="warn">{html.escape(reason)}</p>' if reason else ""
     if png.exists(): body += _embed_picture(png, title)
     if table.exists(): body += f'<div class="wide">{table.read_text()}</div>'
@@ -488,13 +580,13 @@ def write_report(
 ) -> Path:                          # the page
     "Draw every figure and write one self-contained HTML page."
     df, folder = load_results(root), Path(root)/"_figures"
-    for old in folder.glob("*.*"): old.unlink()
-    shown, parts = report_sections(df), [page_heading(df)]
+    for old in folder.rglob("*.*"): old.unlink()
+    drawings, parts = plan_drawings(df, folder), [page_heading(df)]
     with ThreadPoolExecutor(jobs) as pool:
-        reasons = list(pool.map(lambda name: _draw_figure(name, root, folder), shown))
+        reasons = list(pool.map(lambda drawing: _draw_figure(drawing, root), drawings))
     gaps = missing_runs(df, root)
     if gaps: parts.append(f'<p class="warn">Not there: {html.escape("; ".join(gaps))}.</p>')
-    parts += [_figure_section(name, title, folder, reason) for (name, title), reason in zip(shown.items(), reasons)]
+    parts += map(_figure_section, drawings, reasons)
     page = Path(out or Path(root)/"report.html")
     atomic_write(page, _html_page(Path(root).name, parts))
     return page

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..core.files import UsageError, UserError, file_hash, make_once
 from ..core.settings import (
-    CHOICES, MODEL_SUFFIXES, NO_BOUND, NOTEBOOK_PARAMETERS, Settings, parse_file_spec, resolve, settings_dict)
+    CHOICES, MODEL_SUFFIXES, NO_BOUND, NOTEBOOK_PARAMETERS, REGION_METHODS, Settings, check_range, parse_file_spec,
+    resolve, settings_dict, split_regions)
 
 # %% ../../nbs/sweep/0_grid.ipynb #c005
 DEFAULT_METHODS = {
@@ -37,14 +38,24 @@ def may_show_frames(
     return is_generated(s) if asked is None else asked
 
 # %% ../../nbs/sweep/0_grid.ipynb #c008
-def _is_file(method: str) -> bool: return Path(method).suffix in MODEL_SUFFIXES
+def _is_file(method: str) -> bool: return Path(method).suffix in MODEL_SUFFIXES and "@" not in method
+
+
+def _with_hash(
+    path: str,   # of a file that is there
+) -> str:        # for `parse_file_spec`
+    "A file's path with the beginning of its SHA-256."
+    return f"{path}#{file_hash(Path(path))[:12]}"
+
 
 def _configuration(
     method: str,   # other than penalty: a name, or a file that is there
 ) -> dict:         # settings
     "What a method without a bound sets."
+    name, regions = split_regions(method)
+    if regions.endswith(".onnx"): return dict(method=f"{name}@{_with_hash(regions)}")
     if not _is_file(method): return dict(method="penalty" if method == "lambda0" else method)
-    return dict(method="file", anonymizer_weights=f"{method}#{file_hash(Path(method))[:12]}")
+    return dict(method="file", anonymizer_weights=_with_hash(method))
 
 # %% ../../nbs/sweep/0_grid.ipynb #073b3260
 def _seed_configurations(
@@ -57,6 +68,15 @@ def _seed_configurations(
         if method == "penalty": yield from (dict(method=method, B=float(b), lam=float(l)) for l in lam for b in B)
         else: yield _configuration(method) | NO_BOUND
 
+# %% ../../nbs/sweep/0_grid.ipynb #0d2fccc5
+def _check_regions(
+    method: str,   # with @
+):
+    "Refuse regions that cannot be found on this machine, before anything is begun."
+    check_range("method", method)
+    from penaltyanon.nets.obfuscation import open_obfuscation
+    open_obfuscation(method)
+
 # %% ../../nbs/sweep/0_grid.ipynb #f62a2060
 def _check_methods(
     methods,          # names or files
@@ -64,6 +84,9 @@ def _check_methods(
 ):
     "Refuse unknown names, missing files, and an oracle of real data."
     for m in methods:
+        if "@" in m:
+            _check_regions(m)
+            continue
         if _is_file(m):
             if Path(m).is_file(): continue
             raise UserError(f"{m}: no such file; give an exported or trained anonymizer, or the name of a method")
@@ -91,6 +114,16 @@ def expand_grid(
     configurations = list(_seed_configurations(methods, B, lam or (base.lam,)))
     return [resolve(preset, **overrides | c | {"seed": int(seed)}) for seed in seeds for c in configurations]
 
+# %% ../../nbs/sweep/0_grid.ipynb #2b2a282a
+def _closed_form_label(
+    method: str,   # not the penalty's
+) -> str:          # vita | blur-weak (whole frame) | blur-weak (persons) | blur-weak (NAME of a detector's file)
+    "The method, and where it acts if it could act elsewhere."
+    name, regions = split_regions(method)
+    if name not in REGION_METHODS: return method
+    where = {"": "whole frame", "people": "persons"}
+    return f"{name} ({where.get(regions) or parse_file_spec(regions)[0].stem})"
+
 # %% ../../nbs/sweep/0_grid.ipynb #c015
 def run_label(
     s: Settings,
@@ -99,7 +132,7 @@ def run_label(
     if s.method == "file":
         path, stated = parse_file_spec(s.anonymizer_weights)
         return f"{path.stem} {stated[:6]}".rstrip()
-    if s.method != "penalty": return s.method
+    if s.method != "penalty": return _closed_form_label(s.method)
     if s.lam == 0 or s.penalty == "none": return "λ = 0"
     return f"motion B = {s.B:g}" if s.units == "motion" else f"B = {s.B:g}"
 
