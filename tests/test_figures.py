@@ -73,5 +73,20 @@ def test_one_seed_has_no_spread_and_several_have(tmp_path):
     assert "±" not in one.loc["B = 0.9", "Top-1 % ↑"] and "±" in two.loc["B = 0.9", "Top-1 % ↑"]
 
 
+def test_games_on_different_data_never_share_a_row(tmp_path):
+    "UCF101 at 78 and HMDB51 at 40 are two rows, two curves and two figures; never 59."
+    root = tmp_path/"SYNTHETIC"
+    for data, top1 in (("ucf101", 78.), ("hmdb51", 40.)):
+        for label, B in (("raw", float("inf")), ("B = 0.3", .3)): fake_run(root/data, label, B, 0, (top1, 60.), "raw" if label == "raw" else "penalty", action_data=f"{data}:/data/{data}", privacy_data="vispr1:/v")
+    df = report.load_results(root)
+    table = report.results_table(df)
+    assert table.loc["B = 0.3, ucf101 + vispr1", "Top-1 % ↑"].startswith("78.0") and table.loc["B = 0.3, hmdb51 + vispr1", "Top-1 % ↑"].startswith("40.0")
+    assert sorted(report.summarize_runs(df).query("label == 'B = 0.3'").top1) == [40., 78.] and not table["Top-1 % ↑"].str.contains("59").any()
+    assert "hmdb51 + vispr1: λ = 0: seed 0 missing" in report.missing_runs(df)
+    html = report.write_report(root, jobs=1).read_text()
+    for name in df.data.unique(): assert f"Utility and leakage against the bound B ({name})" in html
+    assert "different data" not in html and "59.0" not in html
+
+
 def test_an_empty_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished run"): report.write_report(tmp_path)

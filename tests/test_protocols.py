@@ -1,5 +1,5 @@
 "Every protocol of the paper, end to end on generated data in the official layouts; and what a protocol refuses."
-import json, subprocess
+import json, shutil, subprocess
 
 import numpy as np, pytest, torch
 from penaltyanon.evaluate import attacks, protocols as pr
@@ -9,6 +9,7 @@ from penaltyanon.core.files import UsageError, UserError
 from penaltyanon.core.run_folder import RunFolder
 from penaltyanon.core.settings import resolve
 from penaltyanon.data.records import Collection
+from penaltyanon.data.sources import open_data
 from penaltyanon.data.layouts import write_layouts
 from conftest import BIN
 
@@ -54,9 +55,40 @@ def test_every_protocol_finds_its_data_in_the_official_layouts(name, anonymized)
         assert anonymized.collection(a.train).train and anonymized.collection(a.on or a.train).test
 
 
-def test_pahmdb_is_never_learned_from(anonymized):
-    c = anonymized.collection("pa-hmdb51")
-    assert not {r.name for r in c.train} & {r.name for r in c.test}
+def files(records): return {r.path.resolve() for r in records}
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("name", pr.PROTOCOLS)
+def test_nobody_has_learned_from_what_a_row_is_tested_on(name, split, root):
+    "f_A, f_T and f_B of the training, and the network that is tested: none has met a record of its test."
+    p, data = pr.PROTOCOLS[name], pr.protocol_data("official", root)
+    opened = lambda which: open_data(data[which], split)
+    anonymizer = files(opened(p.action).train) | files(opened(p.privacy).train)
+    pairs = {(p.action, p.action), (p.privacy, p.privacy), *((a.train, a.tested_on) for a in p.attacks)}
+    for learned, tested in pairs:
+        test = files(opened(tested).test)
+        assert test and not test & anonymizer, f"{name}: the anonymizer was trained on {tested}'s test"
+        assert not test & files(opened(learned).train), f"{name}: {learned} was trained on {tested}'s test"
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_the_layouts_would_show_the_leak(split, root):
+    "HMDB51's training part holds clips of PA-HMDB51 in every split; without them it is what PA-HMDB51's row trains on."
+    data = pr.protocol_data("official", root)
+    hmdb, pa = (open_data(data[name], split) for name in ("hmdb51", "pa-hmdb51"))
+    assert files(hmdb.train) & files(pa.test) and files(pa.train) == files(hmdb.train) - files(pa.test)
+    assert pr.PROTOCOLS["table1-pahmdb51"].action == "pa-hmdb51"
+
+
+def test_attributes_that_no_training_clip_has_are_not_attacked(root, tmp_path):
+    "PA-HMDB51 without VP-HMDB51's labels: there is nothing to learn frames' attributes from."
+    shutil.copytree(root/"hmdb51", tmp_path/"hmdb51", ignore=shutil.ignore_patterns("*.pickle"))
+    s = resolve("smoke", precision="fp32", bootstrap=20)
+    data = {"pa-hmdb51": f"pa-hmdb51:{tmp_path}/hmdb51"}
+    attack = pr.Attack("frames", "privacy", "pa-hmdb51")
+    with pytest.raises(UserError, match="no test record has a known attribute|cannot be measured"):
+        attacks.run_attack(attack, attacks.AnonymizedCache(Identity(), data, RunContext(s, torch.device("cpu"), progress=False)))
 
 
 def test_raw_data_reach_only_the_attackers_training(anonymized):

@@ -6,12 +6,15 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from conftest import DRAWINGS, SHARED, TABLES, code_cells
 from penaltyanon.results import paper, tables
 from penaltyanon.core.files import UserError
+from penaltyanon.core.settings import resolve
+from penaltyanon.evaluate.protocols import FIGURE3_BOUNDS, PROTOCOLS
+from penaltyanon.sweep.grid import run_label
 from synthetic import fake_action, fake_predicted_run as fake_run
 
 # ---- the transcription
 TEXT = next(iter(sorted((SHARED.parent/"paper").glob("000_*.txt"))), None)
-OURS = {"Raw data": "raw", "Raw": "raw", "Downsample-2×": "downsample-2x", "Downsample-4×": "downsample-4x", "Obf-Blackening": "blackening",
-        "Obf-StrongBlur": "blur-strong", "Obf-WeakBlur": "blur-weak", "VITA": "vita", "SPACT": "spact", "STPrivacy": "stprivacy"}
+OURS = {"Raw data": "raw", "Raw": "raw", "Downsample-2×": "downsample-2x", "Downsample-4×": "downsample-4x", "Obf-Blackening": "blackening (persons)",
+        "Obf-StrongBlur": "blur-strong (persons)", "Obf-WeakBlur": "blur-weak (persons)", "VITA": "vita", "SPACT": "spact", "STPrivacy": "stprivacy"}
 CELL = re.compile(r"(\d+(?:\.\d+)?)(?:\s*\(\\downarrow\s*([\d.]*)\s*\))?")
 
 
@@ -84,7 +87,9 @@ def full(tmp_path_factory):
 def test_rows_come_as_they_are_in_the_papers_order(full):
     t = tables.make_table("table1_known", full, repeats=50)
     rows = list(t.rows.index)
-    assert [r for r in rows if r in ("raw", "blur-weak", "spact", "newest", "B = 0.3", "B = 0.5", "B = 0.9")] == ["raw", "blur-weak", "spact", "newest", "B = 0.3", "B = 0.5", "B = 0.9"]
+    wanted = ["raw", "blur-weak (persons)", "blur-weak (whole frame)", "spact", "newest", "B = 0.3", "B = 0.5", "B = 0.9"]
+    assert [r for r in rows if r in wanted] == wanted
+    assert t.rows.loc["blur-weak (whole frame)", "paper: UCF101 Top-1"] == "—" and t.rows.loc["blur-weak (persons)", "paper: UCF101 Top-1"] == "61.52"
     assert t.rows.loc["newest", "UCF101 Top-1 % ↑"] == "70.0 [68.0, 72.0] ± 0.0" and t.rows.loc["newest", "paper: UCF101 Top-1"] == "—"
     assert t.rows.loc["spact", "UCF101 Top-1 % ↑"] == "—" and t.rows.loc["spact", "paper: UCF101 Top-1"] == "62.03"
 
@@ -108,7 +113,7 @@ def test_other_networks_get_their_columns(full):
 def test_notes_compare_where_both_kept_predictions(full):
     m = tables.load_measurements(full)
     notes = tables.paired_differences("table1_known", m, repeats=200)
-    assert notes.loc["B = 0.3", "UCF101 Top-1 % ↑"].startswith("worse by 5.0 [") and notes.loc["blur-weak", "UCF101 Top-1 % ↑"].endswith(", significant")
+    assert notes.loc["B = 0.3", "UCF101 Top-1 % ↑"].startswith("worse by 5.0 [") and notes.loc["blur-weak (whole frame)", "UCF101 Top-1 % ↑"].endswith(", significant")
     d = tables.compare_rows(tables.column_measurements(m, dict(test="utility", trained="ucf101")), "raw", 50)
     assert (d["B = 0.3"].seeds, d["B = 0.5"].seeds) == (2, 1), "only one seed of B = 0.5 kept its predictions"
     assert tables.paired_differences("table1_known", m, reference="λ = 0").empty
@@ -118,6 +123,69 @@ def test_data_that_differ_are_refused_not_averaged(full, tmp_path):
     fake_run(tmp_path/"a", "raw", method="raw"); fake_run(tmp_path/"b", "raw", method="raw")
     with pytest.raises(UserError, match="are both raw, seed 0; name a folder that holds one"): tables.make_table("table1_known", tmp_path)
     with pytest.raises(UserError, match="no finished run"): tables.make_table("table1_known", tmp_path/"c") if (tmp_path/"c").mkdir() is None else None
+
+
+def test_seeds_on_two_data_sets_are_refused_not_averaged(tmp_path):
+    "UCF101 with seed 0 and a small part of it with seed 1: one row of a table, but not one number."
+    for seed, root in enumerate(("ucf101", "ucf101-mini")): fake_run(tmp_path/"SYNTHETIC", "raw", seed=seed, method="raw", action_data=f"ucf101:/{root}", privacy_data="vispr1:/vispr")
+    with pytest.raises(UserError, match="UCF101 Top-1: runs on different data .ucf101:/ucf101 and ucf101:/ucf101-mini."): tables.make_table("table1_known", tmp_path/"SYNTHETIC")
+
+
+def test_after_a_sweep_over_the_weight_our_rows_stand_beside_the_papers(tmp_path):
+    for lam in (.1, .5, 1.): fake_run(tmp_path/"SYNTHETIC"/f"{lam}", "B = 0.3", .3, right=60 + 10*lam, lam=lam, penalty="hinge")
+    fake_run(tmp_path/"SYNTHETIC", "B = 0.5", .5, right=50, penalty="hinge")
+    rows = tables.make_table("table1_known", tmp_path/"SYNTHETIC").rows
+    assert rows.loc["B = 0.3", ["UCF101 Top-1 % ↑", "paper: UCF101 Top-1"]].tolist() == ["70.0 [68.0, 72.0]", "78.26*"]
+    assert rows.loc["B = 0.3, λ = 0.1", ["UCF101 Top-1 % ↑", "paper: UCF101 Top-1"]].tolist() == ["61.0 [59.0, 63.0]", "—"]
+    assert rows.loc["B = 0.5", "UCF101 Top-1 % ↑"].startswith("50.0")
+
+
+# ---- every cell that the paper prints
+ROWS = {"raw": "raw", "downsample-2x": "downsample-2x", "downsample-4x": "downsample-4x", "blackening (persons)": "blackening@people",
+        "blur-strong (persons)": "blur-strong@people", "blur-weak (persons)": "blur-weak@people", "vita": "vita", "spact": "spact", "stprivacy": "stprivacy"}
+
+
+def test_methods_that_the_paper_prints_are_called_as_it_calls_them(monkeypatch):
+    "The labels of the runs that a sweep makes."
+    for label, method in ROWS.items(): assert run_label(resolve("demo", method=method)) == label
+    for B in FIGURE3_BOUNDS: assert run_label(resolve("demo", B=B)) == f"B = {B:g}"
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    "Runs of all protocols in one folder, as their sweeps would leave them: every row with every attack, the lambda sweep too."
+    root, trained = tmp_path_factory.mktemp("SYNTHETIC")/"everything", {}
+    for p in PROTOCOLS.values(): trained.setdefault((p.action, p.privacy), []).extend(p.attacks)
+    for (action, privacy), attacks in trained.items():
+        tests = {a.name: dict(kind=a.kind, sees=a.sees, train=a.train, on=a.tested_on, test_data=f"{a.tested_on}:/data", model=a.model or "i3d_r50",
+                              weights=a.weights, learns_from=a.learns_from) for a in attacks}
+        more = dict(tests=tests, predictions=False, action_data=f"{action}:/data", privacy_data=f"{privacy}:/data", penalty="hinge")
+        for label, method in ROWS.items(): fake_run(root/action/label.split()[0], label, method=method, **more)
+        for B in PROTOCOLS["figure3-bounds"].vary["B"]: fake_run(root/action, f"B = {B:g}", B, **more)
+    vary = PROTOCOLS["table3-lambda"].vary
+    for lam in vary["lam"][:-1]: fake_run(root/f"lambda{lam}", "B = 0.3", vary["B"][0], **more | dict(tests={}, action_data="ucf101:/data", lam=lam))
+    fake_run(root/"lambda0", "λ = 0", **more | dict(tests={}, action_data="ucf101:/data", penalty="none"))
+    return root
+
+
+@pytest.mark.parametrize("name", paper.PRINTED_TABLES)
+def test_every_cell_that_the_paper_prints_can_be_filled(name, everything):
+    rows = tables.make_table(name, everything, repeats=2).rows
+    empty = [(r.row, r.column) for r in paper.paper_table(name).itertuples() if rows.loc[r.row, tables.table_heading(r.column)] == "—"]
+    assert not empty
+
+
+def test_the_column_that_the_paper_leaves_open_is_shown_both_ways(everything):
+    "MViTv2 from random weights, and from Kinetics-400."
+    five = tables.make_table("table5_recognizers", everything, repeats=2).rows
+    assert "—" not in {five.loc["raw", "MViTv2 Top-1 % ↑"], five.loc["raw", "mvit_v2_s (kinetics400) Top-1 % ↑"]}
+
+
+def test_figure_3_has_both_ends(everything, tmp_path, capsys):
+    path, parameters = DRAWINGS["fig3_penalty"]
+    execute(path, runs=str(everything), data="ucf101 + vispr1", out=str(tmp_path), **parameters)
+    assert (tmp_path/"fig3_penalty.png").is_file() and "B = " not in capsys.readouterr().out.partition("Top-1 of")[0]
+    with pytest.raises(UserError, match="runs on different data: "): execute(path, runs=str(everything))
 
 
 # ---- comparisons

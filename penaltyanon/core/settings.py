@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAINED_METHODS', 'IDENTITY_METHODS', 'CHOICES', 'MODEL_SUFFIXES', 'REGION_METHODS', 'AT_LEAST', 'POSITIVE',
            'AT_MOST', 'BELOW_ONE', 'WITHOUT_WEIGHTS', 'PRESETS', 'METHOD_DEFAULTS', 'NO_BOUND', 'NOTEBOOK_PARAMETERS',
-           'EMPTY_MEANS_PRESET', 'MACHINE_FIELDS', 'LATER_FIELDS', 'START_FIELDS', 'OWN_START_METHODS', 'check_type',
-           'parse_file_spec', 'split_regions', 'check_range', 'Settings', 'fixed_settings', 'check_keys', 'resolve',
-           'settings_from', 'evaluation_weights', 'settings_dict', 'settings_hash', 'left_out_weights', 'run_name',
-           'differing_settings', 'start_key']
+           'MACHINE_FIELDS', 'LATER_FIELDS', 'START_FIELDS', 'OWN_START_METHODS', 'check_type', 'parse_file_spec',
+           'split_regions', 'check_range', 'Settings', 'fixed_settings', 'check_keys', 'resolve', 'settings_from',
+           'evaluation_weights', 'settings_dict', 'settings_hash', 'left_out_weights', 'run_name', 'differing_settings',
+           'start_key']
 
 # %% ../../nbs/core/2_settings.ipynb #d571e93d
 import hashlib
@@ -135,6 +135,7 @@ def _number_hint(
     "How a number that arrived as text is written as a number in YAML."
     try: float(text)
     except ValueError: return ""
+    if math.isinf(float(text)): return "; write -.inf" if text.strip().startswith("-") else "; write .inf"
     mantissa, e, exponent = text.strip().lower().partition("e")
     if not (e and exponent.lstrip("+-").isdigit()): return f"; write {text.strip()} without quotes"
     return f"; write {mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent):+d}"
@@ -370,16 +371,12 @@ def resolve(
 NOTEBOOK_PARAMETERS = ("method", "B", "lam", "penalty", "units", "scope", "seed",
                        "action_data", "privacy_data", "attributes")
 
-# %% ../../nbs/core/2_settings.ipynb #ac48a529
-EMPTY_MEANS_PRESET = ("action_data", "privacy_data", "attributes")
-
 # %% ../../nbs/core/2_settings.ipynb #a3c8e802
 def _named_parameters(
     namespace: dict,   # variables of a parameters cell
 ) -> dict:             # without those that are left to the preset
     "The settings that a parameters cell gives as variables of their own."
-    given = {name: namespace[name] for name in NOTEBOOK_PARAMETERS if name in namespace}
-    return {name: value for name, value in given.items() if value != "" or name not in EMPTY_MEANS_PRESET}
+    return {name: namespace[name] for name in NOTEBOOK_PARAMETERS if namespace.get(name) is not None}
 
 # %% ../../nbs/core/2_settings.ipynb #0a43a197
 def settings_from(

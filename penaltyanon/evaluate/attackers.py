@@ -355,7 +355,8 @@ def evaluate_privacy(
     stage: str = "f_B'",  # name of the attacker
 ) -> dict | None:  # of `score_attributes`, and predictions; None without labels
     "cMAP and F1 of a fresh f_B' (section 4.3), beside the base rate."
-    if not names or bool(test.attributes.isnan().all()): return None
+    unlabelled = any(bool(part.attributes.isnan().all()) for part in (train, test))
+    if not names or unlabelled: return None
     s = context.settings
     recipe = AttackerRecipe(attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy)
     def predict():
