@@ -111,7 +111,8 @@ class _Evaluation:
     eval_lr_privacy: float = 1e-3    # Adam, > 0
     eval_batch: int = 16             # clips or images in a batch of an attacker, >= 1
     eval_views: int = 5              # evenly spaced clips of each test video whose scores are averaged, >= 1
-    eval_train_views: int = 1        # clips or frames of each training video in an epoch, >= 1
+    eval_train_views: int = 1        # crops and starts of each training video that are anonymized beforehand, >= 1
+    eval_fresh: bool = False         # instead: through f_A anew in every epoch, with new crops and starts
     eval_action_model: str = ""      # f_T'; "" = action_model
     eval_privacy_model: str = ""     # f_B'; "" = privacy_model
     eval_action_weights: str = ""    # name or file of what f_T' starts from; "" = action_weights; none = random
@@ -316,7 +317,7 @@ PRESETS["mini"] = dict(
 PRESETS["paper"] = dict(
     action_data="ucf101:data/ucf101", privacy_data="vispr1:data/vispr",
     action_weights="kinetics400", privacy_weights="simclr", eval_privacy_weights=WITHOUT_WEIGHTS,
-    identity_target=0.0, clip_grad=0.0)
+    identity_target=0.0, clip_grad=0.0, eval_fresh=True)
 
 # %% ../../nbs/core/2_settings.ipynb #c067
 METHOD_DEFAULTS = dict(     # beaten by overrides
@@ -408,7 +409,7 @@ MACHINE_FIELDS = ("device", "threads", "workers", "devices", "save_minutes")
 
 # %% ../../nbs/core/2_settings.ipynb #f35f62d3
 LATER_FIELDS = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every", "identity_epochs", "pairs",
-                "temperature", "symmetric", "eval_action_weights", "eval_privacy_weights")
+                "temperature", "symmetric", "eval_action_weights", "eval_privacy_weights", "eval_fresh")
 
 # %% ../../nbs/core/2_settings.ipynb #c079
 def _short_hash(

@@ -48,6 +48,16 @@ def _find_data_root(
     if root.name == clips and not (root/clips).is_dir(): root = root.parent
     return _require_folder(root)
 
+# %% ../../nbs/data/3_sources.ipynb #5c6be25d
+def _require_one(
+    what: str,  # of which there must be one
+    files: Iterable[Path],  # that could be it
+) -> Path | None:  # None where there is none
+    "The only candidate; two are refused, for the order of folders must not decide which one counts."
+    first, second = (*files, None, None)[:2]
+    if second is None: return first
+    raise UserError(f"{what} is there twice, {first} and {second}; keep one of them below the data folder")
+
 # %% ../../nbs/data/3_sources.ipynb #c031
 def _suggest_name(
     word: str,  # what was written
@@ -166,7 +176,8 @@ def _find_label_file(
     "Where the attributes of the clips are."
     if given and given != "auto": return Path(given)
     if not given and not required: return None
-    found = next((root/f for f in VP_LABEL_FILES[kind] if (root/f).is_file()), None)
+    there = [root/f for f in VP_LABEL_FILES[kind] if (root/f).is_file()]
+    found = _require_one("the attribute table", there)
     if required and not found: raise _explain_missing_labels(root, kind)
     return found
 
@@ -342,8 +353,8 @@ def _read_pa_labels(
     root: Path,  # holds PrivacyAttributes/<class>.json or pa_hmdb51_segments.json
 ) -> dict[str, Spans]:  # by `class/clip.avi`
     "PA-HMDB51's labels, from the official folder or one file."
-    segments = root/"pa_hmdb51_segments.json"
-    return read_frame_labels(segments if segments.is_file() else root/"PrivacyAttributes")
+    there = [root/name for name in ("pa_hmdb51_segments.json", "PrivacyAttributes") if (root/name).exists()]
+    return read_frame_labels(_require_one("PA-HMDB51's label set", there) or root/"PrivacyAttributes")
 
 # %% ../../nbs/data/3_sources.ipynb #e7090d16
 def _split_pa_clips(
@@ -526,16 +537,24 @@ def _read_vispr_annotation(
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: no VISPR annotation (JSON with 'labels'); fetch it again") from None
 
+# %% ../../nbs/data/3_sources.ipynb #a0b92af6
+def _index_by_stem(
+    files: Iterable[Path],
+) -> dict[str, Path]:  # name without suffix -> file
+    "Files by name wherever they lie; a name that is there twice, as in a resized copy, is refused."
+    found = {}
+    for f in files:
+        if f.stem in found: _require_one(f.stem, [found[f.stem], f])
+        found[f.stem] = f
+    return found
+
 # %% ../../nbs/data/3_sources.ipynb #b191a17a
 def _read_vispr_folders(
     root: Path,
 ) -> dict[str, tuple[str, set[str]]]:  # image id -> (split, labels)
     "One JSON file per image, below a folder named as the split."
-    found = {}
-    for file in sorted(root.rglob("*.json")):
-        if file.parent.name in ("train2017", "val2017", "test2017"):
-            found[file.stem] = (file.parent.name, _read_vispr_annotation(file))
-    return found
+    files = [f for f in sorted(root.rglob("*.json")) if f.parent.name in ("train2017", "val2017", "test2017")]
+    return {i: (f.parent.name, _read_vispr_annotation(f)) for i, f in _index_by_stem(files).items()}
 
 # %% ../../nbs/data/3_sources.ipynb #c041
 def _read_vispr_labels(
@@ -607,9 +626,10 @@ def _read_vispr_rows(
     "What the annotations say, and where the images are."
     found = _read_vispr_labels(root)
     wanted = _choose_vispr_attributes(root, attributes, _vispr_attribute_names(root, found))
-    images, rows = {p.stem: str(p.relative_to(root)) for p in _find_images(root)}, []
+    images, rows = _index_by_stem(f for f in _find_images(root) if f.stem in found), []
     for i, (part, labels) in found.items():
-        rows.append((images.get(i, f"{part}/{i}.jpg"), part.removesuffix("2017"), _has_any(labels, wanted)))
+        file = images.get(i, root/part/f"{i}.jpg")
+        rows.append((str(file.relative_to(root)), part.removesuffix("2017"), _has_any(labels, wanted)))
     return tuple(wanted), rows
 
 # %% ../../nbs/data/3_sources.ipynb #c045

@@ -36,8 +36,9 @@ from ..train.batches import autocast
 from ..train.losses import attribute_loss
 from ..train.minimax import check_finite, explain_out_of_memory, set_mode
 from .intervals import accuracies, mean_precisions, percentile_interval, resample_counts
-from .store import (
-    AnonymizedSet, anonymize_dataset, anonymize_part, check_store_space, clip_frames, take_views, views_at_once)
+from penaltyanon.evaluate.store import (
+    AnonymizedSet, anonymize_dataset, anonymize_part, begin_epoch, check_store_space, clip_frames, take_views,
+    views_at_once)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c005
 def top1(
@@ -219,6 +220,7 @@ def fit_epoch(
     "What is left of an epoch, with a checkpoint now and then."
     set_mode([training.net], [])
     training.start_epoch()
+    begin_epoch(x, training.epoch, training.batches)
     while training.batches:
         loss = attacker_step(training, x, y, context)
         check_finite({stage: loss}, training.epoch + 1)
