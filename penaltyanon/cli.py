@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-LIST_OPTIONS = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--run")
-UNDIVIDED = ("--set", "--data-set", "--slurm", "--run")    # list options whose values may hold a comma
+LIST_OPTIONS = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run")
+UNDIVIDED = ("--set", "--data-set", "--slurm", "--slurm-cpu", "--run")    # list options whose values may hold a comma
 OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")    # not for --set
 LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
 EXTRAS = dict(    # pip extra -> modules that it brings
@@ -64,14 +64,17 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict:
     "`key=value` settings; values as YAML reads them."
     import yaml
     from penaltyanon.core.files import UsageError
-    example = "partition=gpu" if option == "--slurm" else "steps=500"
+    is_slurm = option.startswith("--slurm")
+    example = "partition=gpu" if is_slurm else "steps=500"
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals: raise UsageError(f"{option} {pair}: write key=value, e.g. {example}")
         if option == "--set" and name in OPTION_OF:
             raise UsageError(f"--set {pair}: has an option of its own, {OPTION_OF[name]}")
-        values[name] = yaml.safe_load(value)
+        values[name] = read = yaml.safe_load(value)
+        as_written = isinstance(read, bool | list) or str(read) == value
+        if is_slurm and not as_written: values[name] = value    # 8:00:00 is a time, 0042 an account
     return values
 
 
@@ -81,26 +84,34 @@ def run_grid(
     jobs: int,                 # runs at a time
     threads: int,              # CPU threads of each
     cluster: str = "local",    # local | slurm | debug
-    gpus: int | None = None,   # how many; None = all
-    slurm: list[str] = (),     # key=value for the scheduler
+    gpus: int | None = None,   # how many; None = all, or what the preset wants of a scheduler
     wait: bool = True,         # for the scheduler
     per_gpu: int = 1,          # runs that share a GPU
-    **more,                    # retries; protocol, tests and data of `plan_protocol`
+    **more,                    # options, cpu_options of the scheduler; retries; what `plan_protocol` found
 ) -> list:
     "Data first, then the jobs, here or through a scheduler."
-    from penaltyanon.core.files import UsageError
     from penaltyanon.sweep.grid import prepare_data
     from penaltyanon.sweep.jobs import LocalResources, run_jobs, visible_gpus
-    if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
-    if slurm and cluster != "slurm": raise UsageError("--slurm: is for --cluster slurm")
-    if per_gpu > 1 and cluster != "local": raise UsageError("--jobs-per-gpu: is for --cluster local")
-    options = parse_assignments(slurm, "--slurm")
-    prepare_data(cells[0])
+    options, cpu_options = more.pop("options", {}), more.pop("cpu_options", {})
     if cluster == "local":
         names = None if gpus is None else visible_gpus()[:gpus]
+        prepare_data(cells[0])
         return run_jobs(cells, out, LocalResources(jobs, threads, names, per_gpu), **more)
-    from penaltyanon.sweep.cluster import ClusterResources, run_on_cluster
-    return run_on_cluster(cluster, cells, out, ClusterResources(jobs, threads, gpus or 0, options), wait=wait, **more)
+    from penaltyanon.sweep.cluster import ClusterResources, choose_gpus, describe_resources, run_on_cluster
+    resources = ClusterResources(jobs, threads, choose_gpus(cells[0], gpus, options), options, cpu_options)
+    if cluster == "slurm": print(describe_resources(resources))
+    else: prepare_data(cells[0])
+    return run_on_cluster(cluster, cells, out, resources, wait=wait, **more)
+
+
+def parse_cluster(cluster: str, slurm: list[str], slurm_cpu: list[str], per_gpu: int) -> dict:
+    "The scheduler's options; what does not fit the cluster is refused."
+    from penaltyanon.core.files import UsageError
+    if cluster not in ("local", "slurm", "debug"): raise UsageError(f"--cluster {cluster}: use local, slurm or debug")
+    for name, given in (("--slurm", slurm), ("--slurm-cpu", slurm_cpu)):
+        if given and cluster != "slurm": raise UsageError(f"{name}: is for --cluster slurm")
+    if per_gpu > 1 and cluster != "local": raise UsageError("--jobs-per-gpu: is for --cluster local")
+    return dict(options=parse_assignments(slurm, "--slurm"), cpu_options=parse_assignments(slurm_cpu, "--slurm-cpu"))
 
 
 def plan_protocol(
@@ -209,19 +220,23 @@ def sweep(
     cluster: Annotated[str, typer.Option(
         help="local; slurm; debug: one after the other, stopping at the first error")] = "local",
     gpus: Annotated[int | None, typer.Option(
-        min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run")] = None,
+        min=0, help="local: how many to use, one run on each, else all; slurm: how many for each run, "
+                    "else one with the preset paper, 0 with others")] = None,
     jobs_per_gpu: Annotated[int, typer.Option(
         min=1, help="local: runs that share a GPU (start nvidia-cuda-mps-control -d first); "
                     "--jobs still limits all")] = 1,
     devices: Annotated[int, typer.Option(
         min=1, help="processes that share each batch of a run, with one GPU each")] = 1,
     slurm: Annotated[list[str], typer.Option(
-        help="for the scheduler: --slurm partition=gpu timeout_min=600 mem_gb=32")] = [],
+        help="for the scheduler, in its words: --slurm partition=gpu gres=gpu:a100:1 time=8:00:00 mem=64G")] = [],
+    slurm_cpu: Annotated[list[str], typer.Option(
+        help="for its jobs that need no GPU, where these go elsewhere: --slurm-cpu partition=cpu")] = [],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
     from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
+    of_cluster = parse_cluster(cluster, slurm, slurm_cpu, jobs_per_gpu)
     overrides, attacks = {}, {}
     if protocol: overrides, attacks = plan_protocol(protocol, preset, layout, data, data_set, tests)
     axes = dict(methods=methods or None, B=B, seeds=seeds, lam=lam or None)
@@ -234,7 +249,7 @@ def sweep(
     overrides |= parse_assignments(set_)
     cells = expand_grid(preset, **overrides)
     out = out or Path("runs")/preset
-    todo = run_grid(cells, out, jobs, threads, cluster, gpus, slurm, wait, jobs_per_gpu, retries=retries, **attacks)
+    todo = run_grid(cells, out, jobs, threads, cluster, gpus, wait, jobs_per_gpu, retries=retries, **of_cluster, **attacks)
     if cluster == "slurm" and not wait:
         waiting = sum(j.state == "waiting" for j in todo)
         print(f"submitted: {waiting} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")

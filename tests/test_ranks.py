@@ -64,9 +64,10 @@ def lab(tmp_path_factory):
 def timeless(rows): return [{k: v for k, v in r.items() if k != "ms"} for r in rows]
 
 
-def test_a_run_on_two_devices_and_killed_midway(lab):
-    "One file of rows, one anonymizer; killed in minimax training, with all its processes, and started again it ends as the one that was not."
+def test_a_run_on_two_devices_and_killed_midway(lab, monkeypatch):
+    "One file of rows, one anonymizer; killed in minimax training, with all its processes, and started again it ends as the one that was not. The first is inside a SLURM job of one task."
     lab, s = lab
+    for name, value in dict(SLURM_JOB_ID="17", SLURM_JOB_NAME="penaltyanon", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_NNODES="1").items(): monkeypatch.setenv(name, value)
     straight = RunFolder.create(lab/"straight", s)
     f_A, record = trainer.train_on_devices(straight, show=lambda line: None)
     rows = straight.metrics()

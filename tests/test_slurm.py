@@ -1,15 +1,17 @@
 "A real scheduler: one node of SLURM on the loopback interface, started for these tests."
-import os, shutil, signal, socket, subprocess, time
+import os, re, shutil, signal, socket, subprocess, time
 from dataclasses import replace
 from pathlib import Path
-import pytest
+import pytest, torch
 from penaltyanon.sweep import grid, jobs
-from penaltyanon.core.settings import run_name
+from penaltyanon.core.settings import resolve, run_name
 from penaltyanon.sweep.cluster import ClusterResources, scheduler_id, read_queue, run_on_cluster, submit_jobs
-from penaltyanon.core.files import unlock_file, read_json, read_rows
-from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.files import UserError, unlock_file, read_json, read_rows
+from penaltyanon.core.run_folder import RunFolder, start_file
 from penaltyanon.sweep.status import cancel_runs, find_jobs
+from conftest import ROOT
 from test_resume import timeless
+from test_sweep import literals, notebook as write_notebook
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 found = {p: shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for p in PROGRAMS}
@@ -47,7 +49,8 @@ MinJobAge=30
 SlurmctldTimeout=30
 SlurmdTimeout=60
 MailProg=/bin/true
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 """
 
@@ -80,6 +83,7 @@ def slurm(tmp_path_factory, processes):
     for part in [folder, *folder.parents][:-2]: os.chmod(part, 0o755)        # munged insists on who may write above its socket
     conf = folder/"slurm.conf"
     conf.write_text(CONF.format(host=socket.gethostname().partition(".")[0], dir=folder, ctl=free_port(), d=free_port()))
+    (folder/"gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")        # two GPUs that are none
     (folder/"munge.key").write_bytes(os.urandom(128)); os.chmod(folder/"munge.key", 0o400)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(conf)
@@ -145,6 +149,115 @@ def test_a_queued_sweep_can_be_cancelled(slurm, cells, tmp_path):
     submit_jobs(todo, root, ClusterResources(jobs=1, options=dict(timeout_min=20, begin="now+1hour")))
     for j in todo: RunFolder.create(root, j.settings); unlock_file(j.path.parent/"_jobs"/f"{j.path.name}.writing.lock")
     assert {j.state for j in find_jobs(root)} == {"queued"}
-    assert len(cancel_runs(root)) == 6
+    assert len(cancel_runs(root)) == 6 + 2, "the runs, and the data and the start that they wait for"
     wait_for(lambda: not set(read_queue()) & {scheduler_id(j) for j in todo}, "the end of the queue")
-    assert {j.state for j in find_jobs(root)} == {"interrupted"}
+    assert {j.state for j in find_jobs(root) if j.path.is_dir()} == {"interrupted"}
+
+
+# ---- a GPU node, whose GPUs are none: what is visible counts, and the CPU stands for them
+TOY = """import os, time; from pathlib import Path
+from penaltyanon.core.files import write_json
+from penaltyanon.core.run_folder import RunFolder, start_file
+from penaltyanon.core.settings import settings_from
+s = settings_from(globals())
+run = RunFolder.create(run_root, s, resume=True)
+started = s.method == "raw" or start_file(run_root, s).exists()
+run.finish(dict(gpus=os.environ.get("CUDA_VISIBLE_DEVICES", ""), started=started, workers=s.workers, time=time.time()))"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    "A notebook that stands for training and evaluation: it writes down what it was given."
+    return write_notebook(tmp_path/"toy.ipynb", literals(resolve("smoke")), TOY)
+
+
+@pytest.fixture
+def gpu_cells(tmp_path_factory):
+    "Raw and two bounds for each of two seeds, with a start that takes some seconds."
+    lab = tmp_path_factory.mktemp("data")
+    return grid.expand_grid("smoke", methods=("raw", "penalty"), B=(0.3, 0.7), seeds=(0, 1), cache=False, identity_steps=150, identity_target=0.0, save_minutes=0.0,
+                            backbone="unet", decoder=[16], action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d")
+
+
+def show_job(number):
+    "What the scheduler knows of a job, by name."
+    text = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def test_runs_wait_for_data_and_start_and_hold_no_gpu_meanwhile(slurm, gpu_cells, toy, tmp_path, monkeypatch):
+    "Order, dependencies and GPUs of the jobs; one start is requeued by the scheduler while it is made, and the runs still wait for it."
+    monkeypatch.setenv("PENALTYANON_CPU_AS_GPU", "1")
+    root, resources = tmp_path/"runs", ClusterResources(jobs=2, gpus=1, options={"cpus-per-task": 1, "time": "0:20:00"})
+    todo, task = jobs.make_jobs(gpu_cells, root, notebooks=(toy,)), dict(retries=0, notebooks=(toy,))
+    submit_jobs(todo, root, resources, **task)
+    first = [j for j in find_jobs(root) if j.path.name.startswith(("data-", "start-"))]
+    assert [j.path.name[:5] for j in first] == ["data-", "start", "start"] and len(find_jobs(root)) == 3 + 6
+    data, start, other = (show_job(scheduler_id(j)) for j in first)
+    assert "gpu" not in data.get("TresPerNode", "") and data["Dependency"] in ("(null)", "")
+    for job in (start, other): assert job["TresPerNode"].endswith("gpu:1") and data["JobId"] in job["Dependency"] and job["TimeLimit"] == "00:20:00"
+    for j in todo:
+        known, own = show_job(scheduler_id(j)), next(s for s in first if j.settings.seed == s.settings.seed and s.path.name.startswith("start"))
+        assert known["TresPerNode"].endswith("gpu:1") and known["Requeue"] == "1" and known["NumCPUs"] == "1"
+        waits = [name for name in (scheduler_id(first[0]), scheduler_id(own)) if f"afterok:{name}" in known["Dependency"]]
+        assert len(waits) == (1 if j.settings.method == "raw" else 2), known["Dependency"]
+    key = next(j for j in first if j.path.name.startswith("start") and j.settings.seed == 0)
+    rows, requeued, seen = start_file(root, key.settings).with_suffix(".jsonl"), False, set()
+    def all_over():
+        nonlocal requeued
+        running = {number for number, state in read_queue().items() if state == "RUNNING"}
+        for j in todo:
+            if scheduler_id(j) in running and j.settings.method != "raw": assert start_file(root, j.settings).exists(), "a run holds a GPU while its start is made"
+        if not requeued and len(read_rows(rows)) > 5:
+            subprocess.run(["scontrol", "requeue", scheduler_id(key)], check=True)
+            requeued = True
+        if requeued and read_queue().get(scheduler_id(key)) == "PENDING": subprocess.run(["scontrol", "update", f"jobid={scheduler_id(key)}", "StartTime=now"], capture_output=True)
+        seen.update((j.path.name.partition("-")[0], j.state) for j in find_jobs(root))
+        return all(jobs.is_finished(j) for j in todo)
+    wait_for(all_over, "the end of all runs", 500)
+    assert requeued and {("data", "running"), ("start", "queued"), ("start", "running"), ("penalty", "queued")} <= seen, seen
+    results = {j.path.name: read_json(j.path/"results.json") for j in todo}
+    assert all(r["gpus"] in ("0", "1") and r["started"] and r["workers"] == 0 for r in results.values()), results
+    assert {j.state for j in find_jobs(root)} == {"done"} and submit_jobs(jobs.make_jobs(gpu_cells, root, notebooks=(toy,)), root, resources, **task) == {}
+
+
+def test_a_failed_start_cancels_what_waits_and_the_same_command_mends_it(slurm, gpu_cells, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("PENALTYANON_CPU_AS_GPU", "1")
+    root, resources = tmp_path/"runs", ClusterResources(jobs=2, gpus=1, options=dict(cpus_per_task=1, timeout_min=20))
+    cells, how = [s for s in gpu_cells if s.seed == 0 and s.method != "raw"], dict(retries=0, notebooks=(toy,))
+    root.mkdir()
+    (root/"_start").write_text("in the way")
+    done = run_on_cluster("slurm", cells, root, resources, **how)
+    assert {j.state for j in done} == {"failed"} and all("cancelled, because start-" in j.reason and "_start" in j.reason for j in done), [j.reason for j in done]
+    states = {j.path.name.partition("-")[0]: (j.state, j.reason) for j in find_jobs(root)}
+    assert states["data"][0] == "done" and states["start"][0] == "failed" and states["penalty"][0] == "cancelled" and "start-" in states["penalty"][1], states
+    (root/"_start").unlink()
+    assert {j.state for j in run_on_cluster("slurm", cells, root, resources, **how)} == {"done"}
+    assert {j.state for j in find_jobs(root)} == {"done"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU to show")
+def test_a_job_that_sees_no_gpu_fails_with_a_line_and_never_computes_on_the_cpu(slurm, gpu_cells, toy, tmp_path):
+    cells = [s for s in gpu_cells if s.method == "raw"][:1]
+    job, = run_on_cluster("slurm", cells, tmp_path/"runs", ClusterResources(gpus=1, options=dict(cpus_per_task=1, timeout_min=20)), retries=0, notebooks=(toy,))
+    assert job.state == "failed" and "this job needs 1 GPU, PyTorch sees 0 here (CUDA_VISIBLE_DEVICES: " in job.reason, job.reason
+    assert not (job.path/"DONE").exists()
+
+
+def test_what_sbatch_refuses_is_one_line_and_nothing_stays_in_the_queue(slurm, gpu_cells, toy, tmp_path):
+    before = read_queue()
+    with pytest.raises(UserError, match="--cluster slurm: sbatch: error: .*; see --slurm") as e:
+        run_on_cluster("slurm", gpu_cells[:1], tmp_path/"runs", ClusterResources(gpus=9, options=dict(cpus_per_task=1)), notebooks=(toy,))
+    assert "\n" not in str(e.value)
+    wait_for(lambda: set(read_queue()) <= set(before), "the end of what was submitted before the refusal")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT/"examples"/"slurm").glob("*.sbatch")), ids=lambda p: p.stem)
+def test_a_batch_file_of_the_examples_is_one_that_sbatch_takes(slurm, script):
+    "With this cluster's partition and CPUs in place of the site's; `--test-only` says when it would begin, and submits nothing."
+    text = script.read_text()
+    named = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?", text, re.M)
+    assert any(name in ("--gres", "--gpus-per-node", "--gpus") for name, _ in named) and "--requeue" in text, named
+    r = subprocess.run(["sbatch", "--test-only", "--partition=main", "--cpus-per-task=2", "--mem=500", str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 0 and "to start at" in r.stderr, r.stderr
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0

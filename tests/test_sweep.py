@@ -171,15 +171,45 @@ def test_a_failed_job_is_tried_as_often_as_asked(tmp_path, retries, plan, state,
 def test_each_job_has_a_gpu_of_its_own_or_shares_it_as_asked(tmp_path, per_gpu, at_once):
     at_work, most = [], []
     def run_steps(job):
-        assert job.gpu in ("0", "2") and at_work.count(job.gpu) < per_gpu
-        at_work.append(job.gpu); most.append(len(at_work))
+        gpu, = job.gpus
+        assert gpu in ("0", "2") and at_work.count(gpu) < per_gpu
+        at_work.append(gpu); most.append(len(at_work))
         assert len(at_work) < 2 or set(at_work) == {"0", "2"}, "one GPU is crowded and the other idle"
         yield; yield
-        at_work.remove(job.gpu)
+        at_work.remove(gpu)
         job.path.mkdir(parents=True); (job.path/"DONE").touch()
     cells = grid.expand_grid("smoke", methods=("raw",), seeds=range(6))
     assert {j.state for j in jobs.run_jobs(cells, tmp_path, jobs.LocalResources(5, gpus=("0", "2"), per_gpu=per_gpu), notebooks=(), run_steps=run_steps, poll_s=0.01)} == {"done"}
     assert max(most) == at_once
+
+
+def test_a_run_with_two_devices_sees_two_gpus(tmp_path, monkeypatch):
+    "Three GPUs by the environment: a training of two devices takes two at once, what trains nothing takes the third beside it; its processes are told."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    told, at_work = {}, []
+    def run_notebook(name, parameters, output, env, **options):
+        told.setdefault(parameters["method"], env["CUDA_VISIBLE_DEVICES"].split(","))
+        at_work.append(env["CUDA_VISIBLE_DEVICES"])
+        assert len({g for names in at_work for g in names.split(",")}) == sum(len(names.split(",")) for names in at_work), "a GPU is used twice"
+        yield; yield
+        at_work.remove(env["CUDA_VISIBLE_DEVICES"])
+        s = settings_from(parameters)
+        if "train" in str(name): return (tmp_path/run_name(s)/"anonymizer.safetensors").touch()
+        (tmp_path/run_name(s)).mkdir(exist_ok=True); (tmp_path/run_name(s)/"DONE").touch()
+    def run_steps(job):
+        job.path.mkdir(exist_ok=True)
+        yield from jobs.run_job_steps(job, run_steps=run_notebook)
+    cells = grid.expand_grid("smoke", methods=("penalty", "raw"), B=(0.3, 0.5), devices=2)
+    todo = jobs.run_jobs(cells, tmp_path, jobs.LocalResources(3), run_steps=run_steps, poll_s=0.01)
+    assert [(j.state, j.reason) for j in todo] == [("done", "")]*3
+    assert len(told["penalty"]) == 2 and len(told["raw"]) == 1 and {*told["penalty"], *told["raw"]} <= {"4", "5", "6"}
+
+
+def test_fewer_gpus_than_devices_is_one_line_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    cells = grid.expand_grid("smoke", methods=("penalty",), B=(0.3,), devices=2)
+    with pytest.raises(UserError, match=r"devices=2: this sweep has 1 GPU \(4\); take devices=1") as e: jobs.run_jobs(cells, tmp_path/"runs")
+    assert "\n" not in str(e.value) and not (tmp_path/"runs").exists()
 
 
 def test_gpus_are_what_the_environment_says(monkeypatch):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALREADY_DONE', 'STAGE_LENGTHS', 'RUN_NOTEBOOKS', 'Job', 'job_file', 'process_start_time', 'write_record', 'lock_job',
-           'read_last_row', 'update_progress', 'eta', 'attacks_left', 'is_finished', 'notebooks_left', 'run_job_steps',
-           'visible_gpus', 'LocalResources', 'advance_job', 'JobSlots', 'describe_state', 'share_done', 'ProgressBoard',
+           'read_last_row', 'update_progress', 'eta', 'attacks_left', 'is_finished', 'notebooks_left',
+           'job_environment', 'run_job_steps', 'data_sets_of', 'visible_gpus', 'LocalResources', 'devices_needed',
+           'take_gpus', 'check_devices', 'advance_job', 'JobSlots', 'describe_state', 'share_done', 'ProgressBoard',
            'make_jobs', 'run_jobs', 'raise_failed']
 
 # %% ../../nbs/sweep/2_jobs.ipynb #2651ba91
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import UserError, write_json
-from ..core.settings import IDENTITY_METHODS, Settings, run_name
+from ..core.settings import IDENTITY_METHODS, TRAINED_METHODS, Settings, run_name
 from .grid import run_parameters
 from .notebooks import check_parameters, find_notebook, run_notebook_steps
 
@@ -39,7 +40,7 @@ class Job:
     since: tuple = (0., 0)   # when and at which step its stage, was first seen
     reason: str = ""         # why it failed
     tries: int = 0           # how often it was started by this sweep
-    gpu: str = ""            # the one it has, as CUDA_VISIBLE_DEVICES names it
+    gpus: tuple = ()         # those that it has, as CUDA_VISIBLE_DEVICES names them
     protocol: str = ""       # whose attacks follow the run, a key of protocols.PROTOCOLS
     tests: tuple = ()        # which of them; () = all
     data: dict = field(default_factory=dict)   # its data sets, of protocols.protocol_data
@@ -170,6 +171,13 @@ def notebooks_left(
     is_trained = (job.path/"anonymizer.safetensors").exists() or job.settings.method in IDENTITY_METHODS
     return [name for name in notebooks if name != RUN_NOTEBOOKS[0] or not is_trained]
 
+# %% ../../nbs/sweep/2_jobs.ipynb #53a34195
+def job_environment(
+    job: Job,
+) -> dict[str, str]:   # for its processes, beside what is there
+    "The GPUs of a job as its processes are told."
+    return {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if job.gpus else {}
+
 # %% ../../nbs/sweep/2_jobs.ipynb #c065
 def run_job_steps(
     job: Job,
@@ -179,7 +187,7 @@ def run_job_steps(
 ):
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `run_notebook_steps`."
     run_steps = run_steps or run_notebook_steps
-    options = dict(threads=threads, attempts=True, env={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {})
+    options = dict(threads=threads, attempts=True, env=job_environment(job))
     for name in notebooks_left(job, notebooks):
         output = job.path/f"{Path(name).stem}.ipynb"
         yield from run_steps(name, run_parameters(job.settings, job.root), output, **options)
@@ -188,6 +196,18 @@ def run_job_steps(
         names = [attack.name for attack in left]
         parameters = dict(run=str(job.path), protocol=job.protocol, tests=names, data=job.data)
         yield from run_steps("runs/attack", parameters, job.path/"tests"/f"{job.protocol}.ipynb", **options)
+
+# %% ../../nbs/sweep/2_jobs.ipynb #a375301a
+def data_sets_of(
+    todo: list[Job],
+) -> tuple[tuple[str, int, str], ...]:   # spec, split, labels; arguments of `open_data`
+    "Every data set that some jobs and their attacks need, once."
+    needed = []
+    for job in todo:
+        s, names = job.settings, [name for a in attacks_left(job) for name in (a.train, a.tested_on)]
+        needed += [(s.action_data, s.split, s.attributes), (s.privacy_data, s.split, "")]
+        needed += [(job.data[name], s.split, "") for name in names]
+    return tuple(dict.fromkeys(needed))
 
 # %% ../../nbs/sweep/2_jobs.ipynb #h706
 def visible_gpus() -> tuple[str, ...]:   # as CUDA_VISIBLE_DEVICES names them
@@ -205,10 +225,45 @@ class LocalResources:
     gpus: tuple | None = None   # names for CUDA_VISIBLE_DEVICES; None: those of this machine
     per_gpu: int = 1            # jobs that may share a GPU, >= 1
 
+    def gpu_names(self) -> tuple[str, ...]:
+        "The GPUs of the sweep; none on a machine without."
+        return visible_gpus() if self.gpus is None else tuple(self.gpus)
+
     def gpu_slots(self) -> list[str]:
-        "A GPU for each job that can run at once, to be taken from the end: every GPU once, then every GPU again."
-        names = visible_gpus() if self.gpus is None else self.gpus
-        return [*names][::-1]*self.per_gpu
+        "The places on GPUs, to be taken from the end: every GPU once, then every GPU again."
+        return [*self.gpu_names()][::-1]*self.per_gpu
+
+# %% ../../nbs/sweep/2_jobs.ipynb #e3b0eb01
+def devices_needed(
+    job: Job,
+) -> int:   # >= 1
+    "How many GPUs a job wants at once: several only while there is something to train."
+    s, weights = job.settings, job.path/"anonymizer.safetensors"
+    is_shared = s.method in TRAINED_METHODS and s.device != "cpu" and not weights.exists()
+    return s.devices if is_shared else 1
+
+# %% ../../nbs/sweep/2_jobs.ipynb #5b66caa3
+def take_gpus(
+    free: list[str],   # places on GPUs, shortened in place
+    count: int,        # how many different GPUs
+) -> tuple[str, ...]:  # () when so many are not free
+    "Take places on different GPUs, from the end of the list."
+    names = tuple(dict.fromkeys(reversed(free)))[:count]
+    if len(names) < count: return ()
+    for name in names: del free[len(free) - 1 - free[::-1].index(name)]
+    return names
+
+# %% ../../nbs/sweep/2_jobs.ipynb #1141ba72
+def check_devices(
+    todo: list[Job],             # some may be done
+    resources: LocalResources,
+) -> None:
+    "Refuse runs that want more GPUs than there are; a machine without GPUs runs their processes on the CPU."
+    names = resources.gpu_names()
+    wanted = max([devices_needed(job) for job in todo if job.state == "waiting"], default=1)
+    if not names or wanted <= len(names): return
+    raise UserError(f"devices={wanted}: this sweep has {len(names)} GPU{'s' * (len(names) > 1)} ({', '.join(names)}); "
+                    f"take devices={len(names)}, or CUDA_VISIBLE_DEVICES= and device=cpu for {wanted} CPU processes")
 
 # %% ../../nbs/sweep/2_jobs.ipynb #16a42e3d
 def advance_job(
@@ -238,26 +293,30 @@ class JobSlots:
     ):
         self.run_steps, self.retries = run_steps, retries
         self.free, self.running = resources.gpu_slots(), {}
-        self.limit = min(resources.jobs, len(self.free)) if self.free else resources.jobs
+        self.has_gpus, self.limit = bool(self.free), resources.jobs
+
+    def has_room(self, job: Job) -> bool:
+        "Whether as many different GPUs are free as a job wants; always where there are none at all."
+        return not self.has_gpus or len(set(self.free)) >= devices_needed(job)
 
     def start(self, job: Job):
-        "Start a job, unless all slots are taken, another sweep has it, or it was finished meanwhile."
-        if len(self.running) >= self.limit or not lock_job(job): return
+        "Start a job, unless all places are taken, another sweep has it, or it was finished meanwhile."
+        if len(self.running) >= self.limit or not self.has_room(job) or not lock_job(job): return
         job.tries, job.began, job.reason = job.tries + 1, job.began or time.time(), ""
         if is_finished(job):
             job.state = ALREADY_DONE
             job.lock.release()
             return
         if job.tries == 1: job_file(job, ".cancel").unlink(missing_ok=True)
-        job.state, job.gpu = "running", self.free.pop() if self.free else ""
+        job.state, job.gpus = "running", take_gpus(self.free, devices_needed(job)) if self.has_gpus else ()
         self.running[job.path] = self.run_steps(job)
         write_record(job)
 
     def end(self, job: Job):
         "A job is over for now: end its process, give back its GPU, its record, its lock."
         self.running.pop(job.path).close()
-        if job.gpu: self.free.append(job.gpu)
-        job.gpu = ""
+        self.free.extend(reversed(job.gpus))
+        job.gpus = ()
         write_record(job)
         job.lock.release()
 
@@ -348,6 +407,7 @@ def run_jobs(
     "Run what is not DONE, several jobs at a time."
     run_steps = run_steps or functools.partial(run_job_steps, threads=resources.threads, notebooks=notebooks)
     todo = make_jobs(settings, root, notebooks, **attacks)
+    check_devices(todo, resources)
     slots, board = JobSlots(resources, run_steps, retries), ProgressBoard(todo)
     try:
         with board.bars:

@@ -16,7 +16,8 @@ from pathlib import Path
 # %% ../../nbs/sweep/4_status.ipynb #h001
 from ..core.files import UserError, read_json
 from ..core.run_folder import RunFolder
-from .cluster import SLURM_RUNNING, read_queue, scheduler_id
+from ..core.settings import Settings
+from .cluster import PREPARATIONS, SLURM_RUNNING, blocked_by, read_queue, read_record, scheduler_id
 from .jobs import Job, eta, job_file, process_start_time, read_last_row, update_progress
 
 # %% ../../nbs/sweep/4_status.ipynb #c005
@@ -39,12 +40,13 @@ def _is_worked_on(
     "Whether a sweep or a notebook has a run."
     return is_locked(job_file(job, ".lock")) or is_locked(job_file(job, ".writing.lock"))
 
-# %% ../../nbs/sweep/4_status.ipynb #d6bf3f51
-def _read_record(
+# %% ../../nbs/sweep/4_status.ipynb #5a18c189
+def _is_prepared(
     job: Job,
-) -> dict:   # {} when no sweep had it
-    "The last record of a job."
-    return read_json(job_file(job)) if job_file(job).exists() else {}
+    record: dict,   # of `read_record`
+) -> bool:
+    "Whether a job is a preparation of others, the data or a start, and over."
+    return job.path.name.startswith(PREPARATIONS) and record.get("state") == "done"
 
 # %% ../../nbs/sweep/4_status.ipynb #c008
 def update_state(
@@ -52,27 +54,43 @@ def update_state(
     queue: dict = {},   # of `read_queue`
 ) -> Job:               # with state, stage, step, reason
     "What a run is doing, from its folder, its locks and the scheduler's queue."
-    record, queue_state = _read_record(job), queue.get(scheduler_id(job), "")
-    if (job.path/"DONE").exists(): job.state = "done"
+    record, queue_state = read_record(job), queue.get(scheduler_id(job), "")
+    if (job.path/"DONE").exists() or _is_prepared(job, record): job.state = "done"
     elif _is_worked_on(job) or queue_state in SLURM_RUNNING: job.state = "running"
     elif queue_state: job.state = "queued"
     elif record.get("state") == "failed": job.state, job.reason = "failed", record.get("reason", "")
-    else: job.state = "interrupted" if (job.path/"metrics.jsonl").exists() else "waiting"
+    elif (job.path/"metrics.jsonl").exists(): job.state = "interrupted"
+    else: job.state, job.reason = ("cancelled", reason) if (reason := blocked_by(job, queue)) else ("waiting", "")
     return update_progress(job)
+
+# %% ../../nbs/sweep/4_status.ipynb #e111e831
+def _submitted_jobs(
+    root: Path,   # folder of a sweep
+) -> list[Job]:   # preparations first
+    "What a scheduler was given, by its records."
+    jobs = []
+    for path in sorted(Path(root).glob("_jobs/*.slurm")):
+        known = read_json(path).get("settings")
+        if known is None: continue    # of an earlier version
+        jobs.append(Job(Settings(**known), Path(root)))
+        jobs[-1].path = Path(root)/path.stem
+    return sorted(jobs, key=lambda job: not job.path.name.startswith(PREPARATIONS))
 
 # %% ../../nbs/sweep/4_status.ipynb #c011
 def find_jobs(
     root: Path,   # folder of a sweep
 ) -> list[Job]:   # with their states
-    "All runs of a folder."
+    "All runs of a folder, and what they wait for."
     if not Path(root).is_dir(): raise UserError(f"{root}: no such folder of runs; `penaltyanon demo` makes a first one")
     folders = sorted(path.parent for path in Path(root).glob("*/params.yaml"))
-    if not folders:
+    jobs = {folder: Job(RunFolder.open(folder).settings, Path(root)) for folder in folders}
+    for folder, job in jobs.items(): job.path = folder    # as it is called, whatever its settings would call it
+    waiting = {job.path: job for job in _submitted_jobs(root) if job.path not in jobs}
+    if not jobs | waiting:
         way_out = "name the folder of one sweep, e.g. runs/demo"
         raise UserError(f"{root}: holds no run (a folder with params.yaml); {way_out}")
-    jobs, queue = [Job(RunFolder.open(folder).settings, Path(root)) for folder in folders], read_queue()
-    for job, folder in zip(jobs, folders): job.path = folder      # as it is called, whatever its settings would call it
-    return [update_state(job, queue) for job in jobs]
+    queue = read_queue()
+    return [update_state(job, queue) for job in (waiting | jobs).values()]
 
 # %% ../../nbs/sweep/4_status.ipynb #c012
 _LOSSES = ("objective", "held_loss", "loss_action_step2", "l1", "loss")
@@ -120,7 +138,7 @@ def find_sweeps(
     jobs: list[Job],
 ) -> set[int]:   # process numbers
     "The sweeps on this machine that work on some jobs."
-    records = [_read_record(job) for job in jobs if is_locked(job_file(job, ".lock"))]
+    records = [read_record(job) for job in jobs if is_locked(job_file(job, ".lock"))]
     return {record["pid"] for record in records if record and _is_sweep_here(record)}
 
 # %% ../../nbs/sweep/4_status.ipynb #edb7ace1
