@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-LIST_OPTIONS = ("--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run")
+LIST_OPTIONS = (
+    "--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run")
 UNDIVIDED = ("--set", "--data-set", "--slurm", "--slurm-cpu", "--run")    # list options whose values may hold a comma
 OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")    # not for --set
 LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
@@ -85,23 +86,40 @@ def run_grid(
     threads: int,              # CPU threads of each
     cluster: str = "local",    # local | slurm | debug
     gpus: int | None = None,   # how many; None = all, or what the preset wants of a scheduler
-    wait: bool = True,         # for the scheduler
     per_gpu: int = 1,          # runs that share a GPU
-    **more,                    # options, cpu_options of the scheduler; retries; what `plan_protocol` found
+    dry_run: bool = False,     # look and measure only
+    **more,                    # options, cpu_options, wait of the scheduler; retries; what `plan_protocol` found
 ) -> list:
-    "Data first, then the jobs, here or through a scheduler."
+    "A look at everything that is needed, then data, then the jobs, here or through a scheduler."
+    from penaltyanon.sweep.cluster import ClusterResources, choose_gpus, run_on_cluster
     from penaltyanon.sweep.grid import prepare_data
-    from penaltyanon.sweep.jobs import LocalResources, run_jobs, visible_gpus
+    from penaltyanon.sweep.jobs import LocalResources, make_jobs, run_jobs, visible_gpus
     options, cpu_options = more.pop("options", {}), more.pop("cpu_options", {})
-    if cluster == "local":
-        names = None if gpus is None else visible_gpus()[:gpus]
-        prepare_data(cells[0])
-        return run_jobs(cells, out, LocalResources(jobs, threads, names, per_gpu), **more)
-    from penaltyanon.sweep.cluster import ClusterResources, choose_gpus, describe_resources, run_on_cluster
-    resources = ClusterResources(jobs, threads, choose_gpus(cells[0], gpus, options), options, cpu_options)
-    if cluster == "slurm": print(describe_resources(resources))
-    else: prepare_data(cells[0])
+    wait = more.pop("wait", True)
+    names = None if gpus is None else visible_gpus()[:gpus]
+    resources = LocalResources(jobs if cluster == "local" else 1, threads, names, per_gpu)
+    if cluster == "slurm":
+        resources = ClusterResources(jobs, threads, choose_gpus(cells[0], gpus, options), options, cpu_options)
+    attacks = {k: v for k, v in more.items() if k != "retries"}
+    check_needs(make_jobs(cells, out, **attacks), resources, dry_run)
+    if cluster != "slurm": prepare_data(cells[0])
+    if cluster == "local": return run_jobs(cells, out, resources, **more)
+    if cluster == "debug": resources = ClusterResources(jobs, threads)
     return run_on_cluster(cluster, cells, out, resources, wait=wait, **more)
+
+
+def check_needs(todo: list, resources, dry_run: bool = False):
+    "Stop where something is missing, all of it in one line; a dry run shows what was found and ends."
+    from penaltyanon.sweep.preflight import look_ahead, preflight_table, raise_missing
+    plan = look_ahead(todo, resources, measure=dry_run)
+    if dry_run:
+        print_table(preflight_table(plan), 100)
+        for job in todo: print(f"{'to do' if job.state == 'waiting' else 'done':6}{job.path.name}")
+        for line in dict.fromkeys(need.problem for need in plan.needs if need.problem): print(f"missing: {line}")
+        raise typer.Exit(int(any(need.problem for need in plan.needs)))
+    for need in plan.needs:
+        if need.kind == "device" and not need.problem: print(f"{need.kind}: {need.found}")
+    raise_missing(plan.needs)
 
 
 def parse_cluster(cluster: str, slurm: list[str], slurm_cpu: list[str], per_gpu: int) -> dict:
@@ -232,6 +250,8 @@ def sweep(
     slurm_cpu: Annotated[list[str], typer.Option(
         help="for its jobs that need no GPU, where these go elsewhere: --slurm-cpu partition=cpu")] = [],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="slurm: stay and show how far it is")] = True,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="show runs, hours, what they need and what is missing (exit code 1); begin nothing")] = False,
 ):
     "The grid of controls, B and seeds; finished runs are not redone."
     from penaltyanon.sweep.grid import expand_grid
@@ -249,7 +269,8 @@ def sweep(
     overrides |= parse_assignments(set_)
     cells = expand_grid(preset, **overrides)
     out = out or Path("runs")/preset
-    todo = run_grid(cells, out, jobs, threads, cluster, gpus, wait, jobs_per_gpu, retries=retries, **of_cluster, **attacks)
+    todo = run_grid(cells, out, jobs, threads, cluster, gpus, jobs_per_gpu, dry_run, wait=wait, retries=retries,
+                    **of_cluster, **attacks)
     if cluster == "slurm" and not wait:
         waiting = sum(j.state == "waiting" for j in todo)
         print(f"submitted: {waiting} runs   next: penaltyanon status {out} --watch   or: penaltyanon cancel {out}")
@@ -330,16 +351,19 @@ def attack(
     jobs: Jobs = 2,
     threads: Threads = 1,
     retries: Retries = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what is needed and missing; begin nothing")] = False,
 ):
     "A protocol's attackers against every finished run of a folder; results that are there are kept."
     from penaltyanon.core.files import UserError
     from penaltyanon.core.run_folder import finished_runs
-    from penaltyanon.sweep.jobs import LocalResources, raise_failed, run_jobs
+    from penaltyanon.sweep.jobs import LocalResources, make_jobs, raise_failed, run_jobs
     cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
     if not cells:
         raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
     _, attacks = plan_protocol(protocol, cells[0].preset, layout, data, data_set, tests)
-    todo = run_jobs(cells, runs, LocalResources(jobs, threads), retries=retries, **attacks)
+    resources = LocalResources(jobs, threads)
+    check_needs(make_jobs(cells, runs, **attacks), resources, dry_run)
+    todo = run_jobs(cells, runs, resources, retries=retries, **attacks)
     raise_failed(todo)
     print(f"results: {runs}/*/tests   next: penaltyanon report {runs}")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Attributes', 'Spans', 'INDEX_RULE', 'VP_ATTRIBUTES', 'BOOKKEEPING_COLUMNS', 'PA_VISIBLE', 'Record', 'attributes_at',
-           'Collection', 'is_video', 'index_files', 'content_hashes', 'read_table', 'read_labels', 'video_level_labels',
-           'read_frame_labels']
+           'Collection', 'is_video', 'listed_only', 'index_files', 'content_hashes', 'read_table', 'read_labels',
+           'video_level_labels', 'read_frame_labels']
 
 # %% ../../nbs/data/2_records.ipynb #c002
 import csv
@@ -17,6 +17,8 @@ import pickle
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -159,12 +161,24 @@ def _warn_of_damage(
     first = ", ".join(f"{n} ({reason})" for n, reason in damaged[:5])
     warnings.warn(f"{root}: {len(damaged)} of {total} files left out as damaged: {first}", stacklevel=3)
 
+# %% ../../nbs/data/2_records.ipynb #6bf9ec89
+_LISTED_ONLY = ContextVar("listed_only", default=False)
+
+# %% ../../nbs/data/2_records.ipynb #1eea4d21
+@contextmanager
+def listed_only():
+    "Open data sets without decoding a file: they are complete and labelled, but their numbers of frames are not known."
+    token = _LISTED_ONLY.set(True)
+    try: yield
+    finally: _LISTED_ONLY.reset(token)
+
 # %% ../../nbs/data/2_records.ipynb #h010
 def index_files(
     root: Path,  # folder that the names are relative to
     names: list[str],  # files below it
 ) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:  # frames by name; (name, reason) of damaged files
     "Decode every file once; damaged ones are named and left out."
+    if _LISTED_ONLY.get(): return dict.fromkeys(names, 1), ()
     found = _compute_once(root, names, "index", _probe_file)
     damaged = tuple((n, found[n][1]) for n in names if found[n][1])
     _warn_of_damage(root, damaged, len(names))

@@ -13,6 +13,7 @@ __all__ = ['SUBMITIT_OPTIONS', 'SLURM_OPTIONS', 'TIMEOUT_MIN', 'GPU_OPTIONS', 'G
 
 # %% ../../nbs/sweep/3_cluster.ipynb #c002
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,7 @@ def _submitit_name(
 # %% ../../nbs/sweep/3_cluster.ipynb #7a0b1c58
 _LINES = ("setup", "teardown", "srun_args")    # options that are lists
 
+# %% ../../nbs/sweep/3_cluster.ipynb #5475bd5f
 def _plain_options(
     options: dict,   # name -> value, as given
 ) -> dict:           # by one spelling; time in minutes, lists as lists
@@ -103,6 +105,7 @@ def submitit_options(
 GPU_OPTIONS = ("gpus_per_node", "gpus_per_task", "gpus", "gres", "tres_per_task", "num_gpus")    # that name a number
 GPU_ONLY = (*GPU_OPTIONS, "gpus_per_socket", "cpus_per_gpu", "mem_per_gpu", "gpu_bind", "gpu_freq", "ntasks_per_gpu")
 
+# %% ../../nbs/sweep/3_cluster.ipynb #b03341be
 def gpus_in_options(
     options: dict,   # name -> value, as given
 ) -> int:            # of each job; 0 when no option names any
@@ -136,6 +139,7 @@ def count_gpus(
 # %% ../../nbs/sweep/3_cluster.ipynb #93c3070f
 CPUS_PER_GPU = 8    # of a node; what `cpus_per_task` says comes first
 
+# %% ../../nbs/sweep/3_cluster.ipynb #637e9b52
 def cpus_of_job(
     resources: ClusterResources,
 ) -> int:
@@ -268,6 +272,7 @@ class Task:
 # %% ../../nbs/sweep/3_cluster.ipynb #f886973c
 PREPARATIONS = ("data-", "start-")     # how the names of such jobs begin
 
+# %% ../../nbs/sweep/3_cluster.ipynb #3f430624
 @dataclass
 class StartTask(Task):
     "Make the shared start of some runs."
@@ -349,6 +354,7 @@ def submission(
     path = job_file(job, ".slurm")
     return read_json(path) if path.exists() else {}
 
+# %% ../../nbs/sweep/3_cluster.ipynb #795668f6
 def scheduler_id(
     job: Job,
 ) -> str:       # e.g. "17_2"; "" when no scheduler ever had it
@@ -400,7 +406,8 @@ def _record_submission(
     "Write down where a job is; what an earlier attempt said no longer holds."
     job = task.make_job()
     job_file(job).unlink(missing_ok=True)
-    known = dict(slurm=number, time=time.time(), after=list(after), settings=settings_dict(task.settings))
+    settings = json.dumps(settings_dict(task.settings))    # as text: a bound may be infinite
+    known = dict(slurm=number, time=time.time(), after=list(after), settings=settings)
     write_json(job_file(job, ".slurm"), known)
 
 # %% ../../nbs/sweep/3_cluster.ipynb #e8d141f8

@@ -6,6 +6,7 @@
 __all__ = ['is_locked', 'update_state', 'find_jobs', 'last_loss', 'status_table', 'find_sweeps', 'cancel_runs']
 
 # %% ../../nbs/sweep/4_status.ipynb #c002
+import json
 import os
 import signal
 import socket
@@ -72,7 +73,7 @@ def _submitted_jobs(
     for path in sorted(Path(root).glob("_jobs/*.slurm")):
         known = read_json(path).get("settings")
         if known is None: continue    # of an earlier version
-        jobs.append(Job(Settings(**known), Path(root)))
+        jobs.append(Job(Settings(**json.loads(known)), Path(root)))
         jobs[-1].path = Path(root)/path.stem
     return sorted(jobs, key=lambda job: not job.path.name.startswith(PREPARATIONS))
 

@@ -139,6 +139,7 @@ def make_shared_start(
 ) -> bool:  # did this call make it?
     "Make the start of some runs before any of them, unless it is there; an interrupted one is resumed."
     def make(path):
+        check_weights(s)
         actions, images = load_collections(s)
         seed_everything(s.seed)
         device = pick_device(s.device)
