@@ -373,10 +373,12 @@ def report(
     runs: Annotated[Path, typer.Argument(help="folder of finished runs")],
     out: Annotated[Path | None, typer.Option(help="the page; default RUNS/report.html")] = None,
     jobs: Jobs = 2,
+    show_frames: Annotated[bool, typer.Option(
+        "--show-frames", help="draw frames of real people too, where runs kept them; else of generated ones only")] = False,
 ):
     "Figures and tables of finished runs on one page."
     from penaltyanon.results.report import write_report
-    page = write_report(runs, out, jobs=jobs)
+    page = write_report(runs, out, jobs=jobs, show_frames=show_frames or None)
     show_results(runs)
     print(f"report: {page}")
 

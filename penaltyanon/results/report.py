@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAPER_BOUNDS', 'PAPER_WEIGHT', 'PAPER_FIGURE3', 'PAPER_TABLE3', 'RUN_KEYS', 'CONTROLS', 'OPTIONAL_COLUMNS',
-           'INTERVAL_COLUMNS', 'COLOURS', 'STYLE', 'INTERVAL_NOTE', 'MAIN_FIGURES', 'EXTRA_FIGURES', 'PAGE_CSS',
-           'paper_scores', 'shown_label', 'flatten_results', 'find_runs_folder', 'open_runs', 'label_rank', 'name_data',
-           'load_results', 'select_data', 'load_frames', 'summarize_runs', 'expected_labels', 'unfinished_runs',
-           'missing_runs', 'results_table', 'plot_style', 'bound_colours', 'spread_labels', 'draw_references',
-           'draw_curve', 'describe_conditions', 'save_figure', 'report_sections', 'figure_notebook', 'Drawing',
-           'plan_drawings', 'page_heading', 'write_report']
+           'INTERVAL_COLUMNS', 'COLOURS', 'STYLE', 'INTERVAL_NOTE', 'MAIN_FIGURES', 'EXTRA_FIGURES', 'FRAME_FIGURES',
+           'PAGE_CSS', 'paper_scores', 'shown_label', 'flatten_results', 'find_runs_folder', 'open_runs', 'label_rank',
+           'name_data', 'load_results', 'select_data', 'load_frames', 'summarize_runs', 'expected_labels',
+           'unfinished_runs', 'missing_runs', 'results_table', 'plot_style', 'bound_colours', 'spread_labels',
+           'draw_references', 'draw_curve', 'describe_conditions', 'save_figure', 'report_sections', 'figure_notebook',
+           'Drawing', 'plan_drawings', 'page_heading', 'write_report']
 
 # %% ../../nbs/results/1_report.ipynb #c002
 import base64, html
@@ -25,6 +25,7 @@ from ..core.files import UserError, atomic_write, nearest, read_json
 from ..core.run_folder import RunFolder, finished_runs
 from ..core.settings import REGION_METHODS, Settings
 from .paper import PAPER_COLUMNS, paper_wide
+from ..sweep.grid import may_show_frames
 from ..sweep.notebooks import run_notebook
 
 # %% ../../nbs/results/1_report.ipynb #cef4ceea
@@ -176,11 +177,12 @@ def select_data(
 
 # %% ../../nbs/results/1_report.ipynb #dafb51c0
 def load_frames(
-    path: str | Path,              # a run folder
-) -> dict[str, np.ndarray] | None:   # raw and anonymized, uint8 (clips, frames, 3, h, w); None when none are kept
+    path: str | Path,                  # a run folder
+    show_frames: bool | None = None,   # None: of generated people only; True: of real ones too
+) -> dict[str, np.ndarray] | None:     # raw and anonymized, uint8 (clips, frames, 3, h, w); None: none to show
     "Test frames before and after; colours may also have been kept last."
     archive = Path(path)/"frames.npz"
-    if not archive.is_file(): return None
+    if not archive.is_file() or not may_show_frames(RunFolder.open(path).settings, show_frames): return None
     with np.load(archive) as kept: frames = {name: kept[name] for name in ("raw", "anonymized")}
     return {name: np.moveaxis(x, -1, 2) if x.shape[-1] == 3 else x for name, x in frames.items()}
 
@@ -511,14 +513,19 @@ def plan_drawings(
         else: drawings += [Drawing(name, f"{title} ({d})", folder/f"data{i}", d) for i, d in enumerate(data)]
     return drawings
 
+# %% ../../nbs/results/1_report.ipynb #a5b514fe
+FRAME_FIGURES = ("fig2_frames", "fig6to8_gallery")     # those that draw frames
+
 # %% ../../nbs/results/1_report.ipynb #c050
 def _draw_figure(
     drawing: Drawing,
-    root: str | Path,   # a folder of runs
+    root: str | Path,                  # a folder of runs
+    show_frames: bool | None = None,   # as in `load_frames`
 ) -> str:               # why it cannot be drawn; "" when it was
     "Run one figure notebook; its executed copy lies beside what it writes."
     notebook, parameters = figure_notebook(drawing.name)
-    if drawing.data: parameters = dict(data=drawing.data)
+    if drawing.name in FRAME_FIGURES: parameters |= dict(show_frames=show_frames)
+    if drawing.data: parameters |= dict(data=drawing.data)
     parameters |= dict(runs=str(root), out=str(drawing.out))
     try: run_notebook(notebook, parameters, drawing.out/f"{drawing.name}.ipynb")
     except UserError as e: return str(e)
@@ -578,13 +585,14 @@ def write_report(
     root: str | Path,               # a folder of runs
     out: str | Path | None = None,  # the page; None: report.html in that folder
     jobs: int = 2,                  # figure notebooks at a time
+    show_frames: bool | None = None,   # as in `load_frames`
 ) -> Path:                          # the page
     "Draw every figure and write one self-contained HTML page."
     df, folder = load_results(root), Path(root)/"_figures"
     for old in folder.rglob("*.*"): old.unlink()
     drawings, parts = plan_drawings(df, folder), [page_heading(df)]
     with ThreadPoolExecutor(jobs) as pool:
-        reasons = list(pool.map(lambda drawing: _draw_figure(drawing, root), drawings))
+        reasons = list(pool.map(lambda drawing: _draw_figure(drawing, root, show_frames), drawings))
     gaps = missing_runs(df, root)
     if gaps: parts.append(f'<p class="warn">Not there: {html.escape("; ".join(gaps))}.</p>')
     parts += map(_figure_section, drawings, reasons)
