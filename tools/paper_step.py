@@ -1,6 +1,7 @@
 """What one step of the `paper` preset costs at 224 pixels: seconds of one core and peak memory.
 
     python tools/paper_step.py --out docs/paper_step.json
+    python tools/paper_step.py --project docs/paper_step.json     # what the paper's tables would take at this speed
 
 Networks and sizes are the preset's; weights are random and the data are noise, which changes neither. A batch of 8 clips
 does not fit into 23 GiB in float32, so that smaller batches are measured, each in a process of its own, and the preset's
@@ -99,12 +100,48 @@ def processor() -> str:
     return f"{model[0] if model else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+SETS = {   # training clips, test clips; VISPR1 has 10,000 training and 8,000 test images
+    "ucf101": (9_537, 3_783), "hmdb51": (3_570, 1_530), "vp-hmdb51": (3_570, 1_530)}
+TRAININGS = {   # of one seed
+    "Tables 1, 2, 5 to 8, Figure 3: B = 0, 0.3, 0.5, 0.7, 0.9, 1": ("ucf101", 6),
+    "Table 3: five further weights of the penalty": ("ucf101", 5),
+    "Table 1, PA-HMDB51: four B": ("hmdb51", 4),
+    "Tables 1 and 2, VP-HMDB51: four B": ("vp-hmdb51", 4)}
+
+
+def project_run(measured: dict, data: str) -> dict:
+    "Hours of one run in each stage, at the measured speed."
+    s, unit, (train, test), images = resolve("paper"), measured["unit_seconds"], SETS[data], 10_000
+    frames = s.frames * (train * s.eval_train_views + test * s.eval_views) + images + 8_000
+    seconds = {
+        "identity": 2 * images * s.identity_epochs * unit["identity_image"],
+        "Algorithm 1": s.epochs * (train // s.batch_clips) * measured["seconds_per_step"],
+        "anonymizing": frames * unit["anonymize_frame"],
+        "f_T'": s.eval_action_epochs * train * unit["attack_clip"],
+        "f_B'": s.eval_privacy_epochs * (images + train) * unit["attack_image"]}
+    return {stage: value / 3600 for stage, value in seconds.items()}
+
+
+def print_projection(measured: dict):
+    "The tables of the paper, one seed; the identity is shared by the runs of a table."
+    total = 0.0
+    for table, (data, runs) in TRAININGS.items():
+        hours = project_run(measured, data)
+        shared = hours.pop("identity")
+        total += shared + runs * sum(hours.values())
+        stages = ", ".join(f"{stage} {h:,.0f} h" for stage, h in hours.items())
+        print(f"{table}: {runs} runs of {sum(hours.values()):,.0f} h ({stages}), and {shared:,.0f} h of identity")
+    print(f"together {total:,.0f} h of {measured['threads']} thread of this machine, for one seed: a projection, not a measurement")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--clips", type=int, nargs="+", default=(2, 3), help="batches to measure")
     p.add_argument("--child", type=int, default=-1, help=argparse.SUPPRESS)
+    p.add_argument("--project", default="", help="project the tables from this file instead of measuring")
     p.add_argument("--out", default="")
     args = p.parse_args()
+    if args.project: raise SystemExit(print_projection(json.loads(open(args.project).read())))
     if args.child >= 0: raise SystemExit(print(json.dumps(measure(args.child))))
     s, rows, others = resolve("paper"), [measure_apart(n) for n in args.clips], measure_apart(0)
     result = dict(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'random_state', 'set_random_state', 'pack_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'SaveClock',
-           'Checkpointer', 'maybe_save', 'ignore_row', 'RunContext']
+           'Checkpointer', 'maybe_save', 'mark_healthy', 'go_back', 'ignore_row', 'RunContext']
 
 # %% ../../nbs/core/4_checkpoints.ipynb #c002
 import hashlib
@@ -76,6 +76,13 @@ def _previous(
 ) -> Path:
     "Where the previous checkpoint lies."
     return path.with_name(f"{path.name}.previous")
+
+# %% ../../nbs/core/4_checkpoints.ipynb #9ed15106
+def _healthy(
+    path: Path,   # of a checkpoint
+) -> Path:
+    "Where the copy lies that a training can go back to."
+    return path.with_name(f"{path.name}.healthy")
 
 # %% ../../nbs/core/4_checkpoints.ipynb #99cde750
 def _write_next(
@@ -235,7 +242,7 @@ class Checkpointer(_Progress):
 
     def clear(self) -> None:
         "The work is done: no more checkpoints."
-        for path in (self.path, _previous(self.path)): path.unlink(missing_ok=True)
+        for path in (self.path, _previous(self.path), _healthy(self.path)): path.unlink(missing_ok=True)
 
 # %% ../../nbs/core/4_checkpoints.ipynb #c018
 def maybe_save(
@@ -248,6 +255,25 @@ def maybe_save(
     if checkpointer is None: return
     clock = checkpointer.clock
     if clock.is_due() or (important and clock.is_cheap()): checkpointer.save(stage, state())
+
+# %% ../../nbs/core/4_checkpoints.ipynb #53135173
+def mark_healthy(checkpointer: Checkpointer):
+    "Keep a copy of the last checkpoint, to go back to."
+    if checkpointer.writes: atomic_write(_healthy(checkpointer.path), checkpointer.path.read_bytes())
+
+# %% ../../nbs/core/4_checkpoints.ipynb #c3009003
+def go_back(
+    checkpointer: Checkpointer,
+) -> bool:   # False where there is nothing to go back to
+    "Be where the healthy copy was made; the time that was lost still counts."
+    path, lost = _healthy(checkpointer.path), checkpointer.clock.earlier_seconds
+    if not path.exists(): return False
+    checkpointer.restore(found := read_checkpoint(path))
+    checkpointer.clock.earlier_seconds = lost
+    if not checkpointer.writes: return True
+    _write_next(checkpointer.path, path.read_bytes())
+    _cut_rows(checkpointer.rows, found["rows"])
+    return True
 
 # %% ../../nbs/core/4_checkpoints.ipynb #0e8db65b
 def ignore_row(

@@ -100,6 +100,7 @@ class _Training:
     share_forward: bool = False     # one forward pass of f_A for both half steps
     precision: str = "bf16"         # bf16 (autocast) | fp32
     log_every: int = 10             # iterations between rows of metrics.jsonl, >= 1
+    health_every: int = 0           # iterations between looks for a collapse, >= 0; 0 = a tenth of the training
 
 # %% ../../nbs/core/2_settings.ipynb #c046
 @dataclass(frozen=True)
@@ -409,7 +410,7 @@ MACHINE_FIELDS = ("device", "threads", "workers", "devices", "save_minutes")
 
 # %% ../../nbs/core/2_settings.ipynb #f35f62d3
 LATER_FIELDS = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every", "identity_epochs", "pairs",
-                "temperature", "symmetric", "eval_action_weights", "eval_privacy_weights", "eval_fresh")
+                "temperature", "symmetric", "health_every", "eval_action_weights", "eval_privacy_weights", "eval_fresh")
 
 # %% ../../nbs/core/2_settings.ipynb #c079
 def _short_hash(
