@@ -5,8 +5,8 @@
 
 Networks and sizes are the preset's; weights are random and the data are noise, which changes neither. A batch of 8 clips
 does not fit into 23 GiB in float32, so that smaller batches are measured, each in a process of its own, and the preset's
-batch is a straight line through them: the file says which number is measured and which is extrapolated. The other stages
-are measured for one sample each. Seconds are CPU seconds of one thread, so that a busy machine changes little.
+batch is extrapolated from them: the file says which number is which. The other stages are measured for one sample each.
+Seconds are CPU seconds of one thread; other work on the machine still slows them, so that its load stands beside them.
 """
 import argparse
 import json
@@ -88,10 +88,15 @@ def measure_apart(n: int) -> dict:
     return row | dict(peak_gib=round(used.ru_maxrss / 2**20, 2)) if n else row
 
 
-def extrapolate(rows: list[dict], key: str, clips: int) -> float:
-    "The straight line through the measured batches, at a batch of `clips`."
-    slope, start = np.polyfit([row["clips"] for row in rows], [row[key] for row in rows], 1)
-    return round(float(start + slope * clips), 2)
+def extrapolate_seconds(rows: list[dict], clips: int) -> float:
+    "Time in proportion to the batch."
+    return round(clips * float(np.mean([row["seconds"] / row["clips"] for row in rows])), 1)
+
+
+def extrapolate_memory(rows: list[dict], clips: int) -> float:
+    "The straight line through the measured batches: weights and optimizers stay, activations grow."
+    slope, start = np.polyfit([row["clips"] for row in rows], [row["peak_gib"] for row in rows], 1)
+    return round(float(start + slope * clips), 1)
 
 
 def processor() -> str:
@@ -147,8 +152,8 @@ if __name__ == "__main__":
     result = dict(
         what="one iteration of Algorithm 1 under --preset paper, and one sample of each other stage; one thread, float32",
         size=s.size, frames=s.frames, batch_clips=s.batch_clips, precision="fp32", measured=rows,
-        seconds_per_step=extrapolate(rows, "seconds", s.batch_clips),
-        peak_gib=extrapolate(rows, "peak_gib", s.batch_clips), extrapolated=["seconds_per_step", "peak_gib"],
+        seconds_per_step=extrapolate_seconds(rows, s.batch_clips), peak_gib=extrapolate_memory(rows, s.batch_clips),
+        extrapolated=["seconds_per_step", "peak_gib"], load=[round(x, 1) for x in os.getloadavg()],
         unit_seconds={name: round(value, 3) for name, value in others.items()}, device="cpu", threads=1,
         machine=processor(), native_bf16=has_fast_bf16(torch.device("cpu")), torch=torch.__version__,
         date=str(date.today()))
