@@ -1,5 +1,5 @@
 "A real scheduler: one node of SLURM on the loopback interface, started for these tests."
-import os, re, shutil, signal, socket, subprocess, time
+import os, shutil, signal, socket, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
@@ -173,9 +173,9 @@ def toy(tmp_path):
 
 @pytest.fixture
 def gpu_cells(tmp_path_factory):
-    "Raw and two bounds for each of two seeds, with a start that takes some seconds."
+    "Raw and a bound for each of two seeds, with a start that takes some seconds."
     lab = tmp_path_factory.mktemp("data")
-    return grid.expand_grid("smoke", methods=("raw", "penalty"), B=(0.3, 0.7), seeds=(0, 1), cache=False, identity_steps=150, identity_target=0.0, save_minutes=0.0,
+    return grid.expand_grid("smoke", methods=("raw", "penalty"), B=(0.3,), seeds=(0, 1), cache=False, identity_steps=80, identity_target=0.0, save_minutes=0.02,
                             backbone="unet", decoder=[16], action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d")
 
 
@@ -192,7 +192,7 @@ def test_runs_wait_for_data_and_start_and_hold_no_gpu_meanwhile(slurm, gpu_cells
     todo, task = jobs.make_jobs(gpu_cells, root, notebooks=(toy,)), dict(retries=0, notebooks=(toy,))
     submit_jobs(todo, root, resources, **task)
     first = [j for j in find_jobs(root) if j.path.name.startswith(("data-", "start-"))]
-    assert [j.path.name[:5] for j in first] == ["data-", "start", "start"] and len(find_jobs(root)) == 3 + 6
+    assert [j.path.name[:5] for j in first] == ["data-", "start", "start"] and len(find_jobs(root)) == 3 + 4
     data, start, other = (show_job(scheduler_id(j)) for j in first)
     assert "gpu" not in data.get("TresPerNode", "") and data["Dependency"] in ("(null)", "")
     for job in (start, other): assert job["TresPerNode"].endswith("gpu:1") and data["JobId"] in job["Dependency"] and job["TimeLimit"] == "00:20:00"
@@ -255,9 +255,6 @@ def test_what_sbatch_refuses_is_one_line_and_nothing_stays_in_the_queue(slurm, g
 @pytest.mark.parametrize("script", sorted((ROOT/"examples"/"slurm").glob("*.sbatch")), ids=lambda p: p.stem)
 def test_a_batch_file_of_the_examples_is_one_that_sbatch_takes(slurm, script):
     "With this cluster's partition and CPUs in place of the site's; `--test-only` says when it would begin, and submits nothing."
-    text = script.read_text()
-    named = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?", text, re.M)
-    assert any(name in ("--gres", "--gpus-per-node", "--gpus") for name, _ in named) and "--requeue" in text, named
     r = subprocess.run(["sbatch", "--test-only", "--partition=main", "--cpus-per-task=2", "--mem=500", str(script)], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0 and "to start at" in r.stderr, r.stderr
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0, "not a shell script"

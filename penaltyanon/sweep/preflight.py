@@ -352,6 +352,23 @@ class Hours:
     training: float = 0.     # of each run that trains
     evaluation: float = 0.   # of each run
 
+# %% ../../nbs/sweep/5_preflight.ipynb #b5cff85a
+def _judging_seconds(
+    s: Settings,
+    costs: Costs,
+    clips: tuple[int, int],     # to train on, to test on
+    images: tuple[int, int],
+    has_labels: bool,           # frames of the clips are attacked as well
+) -> float:
+    "An evaluation: what passes through f_A, and what the attackers learn from."
+    attacked = images[0] + (clips[0] if has_labels else 0)
+    views = 1 if s.eval_fresh else s.eval_train_views       # of each training video in an epoch
+    seen, looked_at = s.eval_action_epochs * clips[0] * views, s.eval_privacy_epochs * attacked * views
+    frames = data_bytes(s, clips, images) / (3 * s.size**2)
+    read = s.eval_views * clips[1] + (seen if s.eval_fresh else clips[0] * views)
+    if s.eval_fresh: frames += seen * s.frames + looked_at
+    return frames * costs.frame + read * costs.load + seen * costs.clip + looked_at * costs.image
+
 # %% ../../nbs/sweep/5_preflight.ipynb #3de56bef
 def project_hours(
     s: Settings,
@@ -364,13 +381,8 @@ def project_hours(
     from penaltyanon.train.start import identity_length, minimax_steps
     identity = identity_length(s, max(1, images[0] // s.batch_images)) * costs.identity
     warm_up = s.warmup_steps * s.eval_batch * (costs.clip + 2 * costs.image)
-    frames = data_bytes(s, clips, images) / (3 * s.size**2)
-    reading = costs.load * (s.eval_train_views * clips[0] + s.eval_views * clips[1])
-    utility = s.eval_action_epochs * clips[0] * s.eval_train_views * costs.clip
-    attacked = images[0] + (clips[0] if has_labels else 0)
-    privacy = s.eval_privacy_epochs * attacked * s.eval_train_views * costs.image
-    seconds = (identity + warm_up, minimax_steps(s, clips[0]) * costs.minimax,
-               frames * costs.frame + reading + utility + privacy)
+    judging = _judging_seconds(s, costs, clips, images, has_labels)
+    seconds = (identity + warm_up, minimax_steps(s, clips[0]) * costs.minimax, judging)
     return Hours(*(value / 3600 for value in seconds))
 
 # %% ../../nbs/sweep/5_preflight.ipynb #81c8a7bc
