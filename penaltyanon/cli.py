@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 LIST_OPTIONS = (
-    "--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run")
+    "--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run",
+    "--measures")
 UNDIVIDED = ("--set", "--data-set", "--slurm", "--slurm-cpu", "--run")    # list options whose values may hold a comma
 OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")    # not for --set
 LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
@@ -366,6 +367,59 @@ def attack(
     todo = run_jobs(cells, runs, resources, retries=retries, **attacks)
     raise_failed(todo)
     print(f"results: {runs}/*/tests   next: penaltyanon report {runs}")
+
+
+@app.command()
+def measure(
+    what: Annotated[list[str], typer.Argument(
+        help="folders of finished runs; or methods (raw, pixelate, blur-strong@people) and files (*.safetensors, *.onnx)")],
+    measures: Annotated[list[str], typer.Option(
+        help="action-probe linkage-faces linkage-videos ...; all: every one")] = ["all"],
+    clip_features: Annotated[str, typer.Option(
+        help="frozen network of clips: thumbnail, NAME@WEIGHTS, or file.py:builder")] = "thumbnail",
+    frame_features: Annotated[str, typer.Option(help="frozen network of frames, likewise")] = "thumbnail",
+    detector: Annotated[str, typer.Option(help="people, or an ONNX detector, for the measure `detectors`")] = "",
+    seeds: Annotated[list[int], typer.Option(help="of crops and folds: --seeds 0 1 2")] = [0, 1, 2],
+    preset: Annotated[str, typer.Option(help="for methods and files: whose data and sizes")] = "mini",
+    set_: Annotated[list[str], typer.Option(
+        "--set", help="for methods and files: any setting: --set action_data=ucf101:/data/ucf101 size=112")] = [],
+    out: Annotated[Path, typer.Option(help="for methods and files: folder of the results")] = Path("runs/measures"),
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the library's choice")] = 0,
+):
+    "What strong attackers get out of an anonymizer: linkage, attributes given the action, reconstruction."
+    import torch
+    from penaltyanon.core.settings import resolve
+    from penaltyanon.evaluate.measures import MeasureOptions, measure_method, measure_run, pick_measures
+    names = pick_measures(measures, detector)
+    options = MeasureOptions(clip_features, frame_features, tuple(seeds), detector)
+    settings = resolve(preset, **parse_assignments(set_))
+    if threads: torch.set_num_threads(threads)
+    runs, methods = divide_targets(what)
+    for run in runs: measure_run(run, names, options)
+    for method in methods: measure_method(method, settings, out, names, options)
+    for folder in [Path(w) for w in what if Path(w).is_dir()] + [out] * bool(methods): show_measures(folder)
+
+
+def divide_targets(what: list[str]) -> tuple[list, list[str]]:
+    "Finished runs of the folders that are named; and the other words, methods and files."
+    from penaltyanon.core.files import UserError
+    from penaltyanon.core.run_folder import finished_runs
+    folders = [word for word in what if Path(word).is_dir()]
+    runs = {word: finished_runs(word) for word in folders}
+    for word, found in runs.items():
+        if not found: raise UserError(f"{word}: no finished run in it; `penaltyanon status {word}` says how far they are")
+    return [run for found in runs.values() for run in found], [word for word in what if word not in folders]
+
+
+def show_measures(root: Path):
+    "The tables of `measure`."
+    from rich.table import Table
+    from penaltyanon.results.leakage import leakage_tables
+    for about, rows in leakage_tables(root).items():
+        print(about)
+        table = Table("", *rows.columns, box=None, pad_edge=False)
+        for label, *values in rows.itertuples(): table.add_row(str(label), *map(str, values))
+        print_table(table, 200)
 
 
 @app.command()

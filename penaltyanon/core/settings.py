@@ -120,6 +120,9 @@ class _Evaluation:
     eval_privacy_weights: str = ""   # name or file of what f_B' starts from; "" = privacy_weights; none = random
     holdout: float = 0.1             # share of train kept for choosing the epoch, [0, 1)
     bootstrap: int = 1000            # resamples of the test videos for intervals, >= 0
+    measures: str = ""               # of evaluate/9_measures, with commas, or all; "" = none
+    clip_features: str = "thumbnail"    # frozen network of measures: thumbnail, NAME@WEIGHTS, file.py:builder
+    frame_features: str = "thumbnail"   # the same for frames
 
 # %% ../../nbs/core/2_settings.ipynb #c048
 @dataclass(frozen=True)
@@ -410,7 +413,8 @@ MACHINE_FIELDS = ("device", "threads", "workers", "devices", "save_minutes")
 
 # %% ../../nbs/core/2_settings.ipynb #f35f62d3
 LATER_FIELDS = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every", "identity_epochs", "pairs",
-                "temperature", "symmetric", "health_every", "eval_action_weights", "eval_privacy_weights", "eval_fresh")
+                "temperature", "symmetric", "health_every", "eval_action_weights", "eval_privacy_weights", "eval_fresh",
+                "measures", "clip_features", "frame_features")
 
 # %% ../../nbs/core/2_settings.ipynb #c079
 def _short_hash(
