@@ -543,6 +543,8 @@ def anonymize(
         help="what cannot be decoded or anonymized: blank (black), drop, or fail")] = "blank",
     force: Annotated[bool, typer.Option("--force", help="replace existing output")] = False,
     workers: Annotated[int, typer.Option(help="files at a time")] = 1,
+    strict: Annotated[bool, typer.Option(
+        "--strict", help="fail when a folder holds files of a kind that is not known")] = False,
     preview: Annotated[Path | None, typer.Option(
         help="also write raw and anonymized side by side here (image or video; holds RAW frames)")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON report; default beside the output")] = None,
@@ -552,11 +554,11 @@ def anonymize(
     from penaltyanon.core.files import UserError
     from penaltyanon.edge import command as deploy
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
-    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers)
+    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers, strict)
     outcome = deploy.anonymize(source, output, model, options, device, preview, report)
     print(deploy.closing_line(outcome))
     if not outcome["ok"]:
-        raise UserError(f"{source}: not everything was anonymized; {outcome['report']} says what and why")
+        raise UserError(f"{outcome['source']}: not everything was anonymized; {outcome['report']} says what and why")
 
 
 def print_version(wanted: bool):
@@ -586,6 +588,9 @@ def explain_error(error: Exception) -> str:
     "One line of what a user can mend; the help where no command was given."
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     if type(error).__name__ == "NoArgsIsHelpError": return message
+    if "://" in message:
+        from penaltyanon.data.video import hide_secrets
+        message = hide_secrets(message)
     return f"error: {' '.join(message.split())}"
 
 

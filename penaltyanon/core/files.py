@@ -54,7 +54,8 @@ def atomic_path(
 ):                      # the temporary path to write to
     "A temporary path beside `path` that takes its place when the block ends without an error."
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+    start = os.fsencode(path.name)[:80].decode(errors="ignore")     # names are limited in bytes, not in characters
+    temporary = path.with_name(f".{start}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

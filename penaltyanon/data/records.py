@@ -71,7 +71,7 @@ class Collection:
     root: Path  # the data folder
 
 # %% ../../nbs/data/2_records.ipynb #c010
-INDEX_RULE = 2  # raise when `frame_count` changes what it accepts
+INDEX_RULE = 3  # raise when `frame_count` changes what it accepts
 
 # %% ../../nbs/data/2_records.ipynb #c011
 def is_video(path: Path) -> bool: return path.suffix.lower() in VIDEO_SUFFIXES
