@@ -107,7 +107,8 @@ class SafeRunner:
         model: FrameAnonymizer,
         batch: int = 8,  # frames at a time, >= 1
     ):
-        self.model, self.batch, self.run, self.on_cpu = model, batch, model.run, model.on_cpu
+        self.model, self.batch = model, batch
+        self.run, self.on_cpu = model.run, model.on_cpu
         self.notes = []  # what was changed on the way, for the report
 
     def __call__(self, frames: UInt8[np.ndarray, "n h w 3"]) -> list:  # of uint8 (h, w, 3) or Exception

@@ -103,7 +103,7 @@ def load_picture(
         raise UserError(f"{path}: damaged image ({describe_error(e)}); fetch the file again or remove it") from None
 
 # %% ../../nbs/edge/1_images.ipynb #600c06ff
-_KINDS = {".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}   # suffix -> Pillow's name, where it is not the suffix itself
+_KINDS = {".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}   # Pillow's other names
 _ANIMATED = ("PNG", "WEBP", "TIFF", "AVIF")   # hold several pictures, and transparency
 
 # %% ../../nbs/edge/1_images.ipynb #82aaa10b
@@ -115,7 +115,8 @@ def save_picture(
     "Save pictures with nothing beside their pixels; refuse a kind of file that cannot hold them."
     kind = _KINDS.get(suffix, suffix[1:].upper())
     if len(picture.frames) > 1 and kind not in _ANIMATED:
-        raise UsageError(f"{len(picture.frames)} pictures do not fit into {suffix}; name an output .webp, .png or .tiff")
+        count = len(picture.frames)
+        raise UsageError(f"{count} pictures do not fit into {suffix}; name an output .webp, .png or .tiff")
     frames = picture.frames
     if picture.alpha and kind in _ANIMATED:
         frames = [np.dstack(pair) for pair in zip(picture.frames, picture.alpha)]

@@ -550,6 +550,34 @@ def _add_sound(
     name, rate = _SOUND_ENCODERS.get(suffix, ("aac", sound.rate))
     return _SoundEncoder(container.add_stream(name, rate=rate, layout=sound.layout), origin)
 
+# %% ../../nbs/edge/0_streams.ipynb #b91c7028
+def _write_header(
+    container,  # with its streams
+    codec: str,  # of the video
+    suffix: str,
+    with_sound: bool,
+) -> None:
+    "What does not go together fails here, before any frame."
+    try: container.start_encoding()
+    except (ValueError, av.error.FFmpegError) as e:
+        sound = " with this sound; name an output .mkv, or leave --keep-audio out" if with_sound else ""
+        reason = f"codec {codec}: cannot be written to {suffix}{sound} ({describe_error(e)}); see --codec"
+        raise UsageError(reason) from None
+
+# %% ../../nbs/edge/0_streams.ipynb #cff38e9e
+def _describe_output(
+    info: StreamInfo,  # of `_storable_info`
+    stored: StreamInfo,  # of `_even_size`
+    sound: _SoundCopy | _SoundEncoder | None,
+) -> list[str]:  # remarks
+    "How the output differs from the input beside being anonymized."
+    remarks = []
+    if (stored.width, stored.height) != (info.width, info.height):
+        remarks.append(f"written as {stored.width} x {stored.height}: the encoder needs even numbers of pixels")
+    if isinstance(sound, _SoundEncoder):
+        remarks.append(f"sound was encoded anew ({sound.stream.codec_context.name})")
+    return remarks
+
 # %% ../../nbs/edge/0_streams.ipynb #c045
 class VideoWriter:
     "A video with the given stream information, and nothing else in it: no metadata, no other streams."
@@ -564,29 +592,13 @@ class VideoWriter:
         encoder = choose_encoder(suffix, codec, crf)
         _check_size(encoder[0], self.info)
         self.tick = _output_tick(self.info, suffix, encoder[0])
-        self.clock, self.remarks = OutputClock(self.info, self.tick), []
+        self.clock = OutputClock(self.info, self.tick)
         self.container = _open_container(file, suffix)
         self.stream = _add_output_stream(self.container, encoder, codec, self.info, self.tick)
         self.convert = _FrameConverter(self.stream, self.info, encoder[0])
         self.sound = _add_sound(self.container, info, suffix) if info.audio else None
-        self._begin(codec or encoder[0], suffix)
-        self._remark(encoder[0])
-
-    def _begin(self, codec: str, suffix: str):
-        "Write the header; what does not go together fails here, before any frame."
-        try: self.container.start_encoding()
-        except (ValueError, av.error.FFmpegError) as e:
-            sound = " with this sound; name an output .mkv, or leave --keep-audio out" if self.sound else ""
-            reason = f"codec {codec}: cannot be written to {suffix}{sound} ({describe_error(e)}); see --codec"
-            raise UsageError(reason) from None
-
-    def _remark(self, encoder: str):
-        "What a user should know about the output."
-        stored = self.convert.stored
-        if (stored.width, stored.height) != (self.info.width, self.info.height):
-            self.remarks.append(f"written as {stored.width} x {stored.height}: {encoder} needs even numbers of pixels")
-        if isinstance(self.sound, _SoundEncoder):
-            self.remarks.append(f"sound was encoded anew ({self.sound.stream.codec_context.name})")
+        _write_header(self.container, codec or encoder[0], suffix, bool(self.sound))
+        self.remarks = _describe_output(self.info, self.convert.stored, self.sound)
 
     def write(self, item: Frame | av.Packet | av.AudioFrame):
         "Encode a frame, black where there is none; sound is passed on, or encoded."
