@@ -41,6 +41,7 @@ def test_what_is_not_a_list_is_left_alone():
     ("sweep --slurm partition=gpu", 2, "--slurm: is for --cluster slurm"),
     ("sweep --preset mini --action-data ucf101:/nowhere", 1, "/nowhere"),
     ("sweep --action-data ucf:/nowhere --privacy-data images:/x", 2, "ucf101"),
+    ("sweep --preset smoke --set action_model=nobody.py:build", 2, "no such file 'nobody.py'"),
     ("demo --seeds 0", 2, "--seeds"),
     ("dem", 2, "dem"),
     ("report", 2, "runs"),
@@ -81,11 +82,12 @@ def test_a_missing_package_names_the_extra_that_brings_it(monkeypatch, capsys):
 
 
 def test_a_failure_inside_a_run_is_named_and_leaves_nothing_finished(tmp_path):
-    "Settings that only the run itself can refuse."
+    "A network of the user's that can be built and fails in its first step: only the run itself can find that."
+    (tmp_path/"nobody.py").write_text("import torch\nclass Nobody(torch.nn.Linear):\n    def forward(self, x): raise ValueError('nobody is at home')\ndef build(classes): return Nobody(2, classes)")
     line = "sweep --preset smoke --methods penalty --B 0.3 --set action_model=nobody.py:build --jobs 1 --retries 0"
     r = call(*line.split(), "--out", tmp_path/"runs", cwd=tmp_path)
     last = r.stderr.splitlines()[-1]
-    assert r.returncode == 1 and "nobody.py" in last, r.stderr
+    assert r.returncode == 1 and "nobody is at home" in last, r.stderr
     assert last.startswith("error: 1 of 1 runs failed: penalty-constraint-B0.3-lam1-s0"), r.stderr
     assert not list((tmp_path/"runs").rglob("DONE"))
 

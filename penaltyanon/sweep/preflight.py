@@ -7,7 +7,7 @@ __all__ = ['Need', 'raise_missing', 'FoundData', 'puppet_counts', 'find_data', '
            'find_devices', 'Sizes', 'count_parameters', 'run_bytes', 'in_words', 'find_room', 'data_bytes',
            'available_memory', 'find_memory', 'Costs', 'measured_batch', 'take_sample', 'time_call', 'peak_memory',
            'measure_costs', 'Hours', 'project_hours', 'Preflight', 'total_hours', 'in_hours', 'preflight_table',
-           'look_ahead']
+           'find_networks', 'look_ahead']
 
 # %% ../../nbs/sweep/5_preflight.ipynb #8f539f77
 import importlib.util
@@ -150,7 +150,7 @@ def find_devices(
     except UserError as e: return Need("device", s.device, "missing", str(e), e.exit_code)
     if device != "cpu": return Need("device", s.device, f"GPU {', '.join(names) or device}")
     reason = "as asked" if s.device == "cpu" else "no GPU that PyTorch sees"
-    return Need("device", s.device, f"{reason}: the CPU computes" + (", for weeks" if s.preset == "paper" else ""))
+    return Need("device", s.device, f"{reason}: the CPU computes" + (", for months" if s.preset == "paper" else ""))
 
 # %% ../../nbs/sweep/5_preflight.ipynb #5a065693
 @dataclass(frozen=True)
@@ -447,6 +447,14 @@ def preflight_table(
     table.add_row(*_hours_row(plan))
     return table
 
+# %% ../../nbs/sweep/5_preflight.ipynb #bb47a1cb
+def find_networks(
+    job: Job,        # to train
+) -> tuple[Sizes, list[Need]]:   # how large; what is wrong with them
+    "Build the networks of a run, to see that they can be built."
+    try: return count_parameters(job.settings), []
+    except UserError as e: return Sizes(0, 0), [Need("networks", job.path.name, "missing", str(e), e.exit_code)]
+
 # %% ../../nbs/sweep/5_preflight.ipynb #47d6f999
 def _find_disk(
     left: list[Job],    # to do
@@ -513,8 +521,8 @@ def _find_all(
     if on_cluster: needs.append(Need("device", "of the scheduler", describe_resources(resources)))
     else: needs.append(find_devices(left, resources))
     trained = [job for job in left if _needs_training(job)]
-    sizes = count_parameters(trained[0].settings) if trained else Sizes(0, 0)
-    needs += _find_disk(left, found, sizes, at_once)
+    sizes, wrong = find_networks(trained[0]) if trained else (Sizes(0, 0), [])
+    needs += wrong + _find_disk(left, found, sizes, at_once)
     least = [] if on_cluster else [find_memory(4 * _FLOAT * sizes.all, at_once, False)]
     return needs + least
 
