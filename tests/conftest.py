@@ -47,7 +47,7 @@ def copy_of_the_repository(target):
     return target
 
 
-LONG = "test_slurm test_notebooks test_preflight test_resume test_shipped test_wheel test_protocols test_ranks test_sweep test_jupyterlab test_cli test_results test_networks test_figures test_anonymize".split()
+LONG = "test_slurm test_notebooks test_preflight test_resume test_shipped test_wheel test_protocols test_ranks test_sweep test_jupyterlab test_papermill test_cli test_results test_networks test_figures test_anonymize".split()
 
 
 def pytest_collection_modifyitems(items):

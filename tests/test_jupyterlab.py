@@ -16,7 +16,8 @@ PICTURES = "() => [...document.querySelectorAll('.jp-OutputArea-output img')].fi
 
 
 FORMULAS = "() => [document.querySelectorAll('.jp-MarkdownCell mjx-container').length, document.querySelectorAll('mjx-merror').length]"
-OPENED = [("nbs/index.ipynb", 0, 0), ("nbs/train/0_losses.ipynb", 3, 3), ("nbs/runs/train_anonymizer.ipynb", 3, 0)]     # pictures drawn; formulas shown
+OPENED = [("nbs/index.ipynb", 0, 0), ("nbs/train/0_losses.ipynb", 3, 3), ("nbs/runs/train_anonymizer.ipynb", 3, 0),
+          ("nbs/runs/evaluate.ipynb", 1, 0), ("nbs/runs/attack.ipynb", 1, 0)]     # pictures drawn; formulas shown
 
 
 def without_outputs(path):

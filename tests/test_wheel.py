@@ -158,3 +158,19 @@ def test_the_command_line_answers(which, request, tmp_path):
 def test_the_notebooks_of_a_run_are_in_the_wheel(edge, tmp_path):
     code = "import penaltyanon, pathlib; print(sorted(p.stem for p in (pathlib.Path(penaltyanon.__file__).parent/'nbs').rglob('*.ipynb')))"
     assert inside(edge, code, tmp_path) == str(sorted(p.stem for p in [*RUNS, *FIGURES]))
+
+
+RUN_CELLS = """import json, matplotlib
+from penaltyanon.sweep.notebooks import find_notebook
+matplotlib.use("Agg")
+path, space = find_notebook("runs/%s"), {"__name__": "__main__", "display": print}
+assert "site-packages" in str(path), path
+for cell in json.load(open(path))["cells"]:
+    if cell["cell_type"] == "code": exec("".join(cell["source"]), space)"""
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_the_run_notebooks_run_as_they_are_from_the_wheel(train, path, tmp_path):
+    "In a folder of the user's own, with nothing but penaltyanon[train]."
+    run(train, "-I", "-c", RUN_CELLS % path.stem, cwd=tmp_path)
+    assert (tmp_path/"data/puppets-smoke").is_dir()
