@@ -341,6 +341,27 @@ def protocols():
     print_table(table)
 
 
+def choose_runs(
+    cells: list,      # settings of finished runs
+    runs: Path,       # their folder
+    attacks: dict,    # of `plan_protocol`
+) -> list:            # those that the protocol is for
+    "The runs that were trained on a protocol's data; the others are named."
+    from penaltyanon.core.files import UserError
+    from penaltyanon.core.settings import run_name
+    from penaltyanon.evaluate.protocols import data_spec, find_protocol, trained_for
+    protocol, data = find_protocol(attacks["protocol"]), attacks["data"]
+    fitting = [s for s in cells if trained_for(protocol, data, s.action_data, s.privacy_data)]
+    wanted = f"{data_spec(protocol.action, data)} + {data_spec(protocol.privacy, data)}"
+    for s in cells:
+        if s in fitting: continue
+        print(f"skipped: {run_name(s)} was trained on {s.action_data} + {s.privacy_data}", file=sys.stderr)
+    if not fitting:
+        raise UserError(f"{runs}: no run was trained on {wanted}, which {attacks['protocol']} is for; name where the data "
+                        f"lie (--data, --layout, --data-set {protocol.action}=LOADER:FOLDER), or another protocol")
+    return fitting
+
+
 @app.command()
 def attack(
     runs: Annotated[Path, typer.Argument(help="folder of finished runs")],
@@ -354,7 +375,7 @@ def attack(
     retries: Retries = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what is needed and missing; begin nothing")] = False,
 ):
-    "A protocol's attackers against every finished run of a folder; results that are there are kept."
+    "A protocol's attackers against the finished runs of a folder that were trained on its data; what is there is kept."
     from penaltyanon.core.files import UserError
     from penaltyanon.core.run_folder import finished_runs
     from penaltyanon.sweep.jobs import LocalResources, make_jobs, raise_failed, run_jobs
@@ -362,6 +383,7 @@ def attack(
     if not cells:
         raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
     _, attacks = plan_protocol(protocol, cells[0].preset, layout, data, data_set, tests)
+    cells = choose_runs(cells, runs, attacks)
     resources = LocalResources(jobs, threads)
     check_needs(make_jobs(cells, runs, **attacks), resources, dry_run)
     todo = run_jobs(cells, runs, resources, retries=retries, **attacks)

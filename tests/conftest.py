@@ -9,7 +9,7 @@ LIBRARY = [nb for wing in WINGS for nb in sorted(ROOT.glob(f"nbs/{wing}/[0-9]_*.
 RUNS = sorted(ROOT.glob("nbs/runs/*.ipynb"))
 FIGURES = sorted(ROOT.glob("nbs/figures/*.ipynb"))
 TABLES = "table1_known table2_novel table5_recognizers table6_pretrained_attacker table7_attackers table8_attackers_imagenet".split()
-DRAWINGS = {p.stem: (p, {}) for p in FIGURES if p.stem != "table"} | {t: (ROOT/"nbs/figures/table.ipynb", {"table": t}) for t in TABLES}     # name -> notebook, parameters
+DRAWINGS = {p.stem: (p, {}) for p in FIGURES if p.stem not in ("table", "diagrams")} | {t: (ROOT/"nbs/figures/table.ipynb", {"table": t}) for t in TABLES}     # name -> notebook, parameters
 SHARED = Path(os.environ.get("PENALTYANON_SHARED") or ROOT.parent/"shared"/"data")    # real clips and weights, where they are
 BIN = Path(sys.executable).parent       # nbdev_export and its kind; called as functions they would ignore their arguments
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,10 +1,12 @@
 "Figures and the report rebuild from run folders alone and say what is missing. All runs in here are SYNTHETIC."
 import re, shutil, subprocess, sys
-import matplotlib.image, pytest
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.image, matplotlib.pyplot as plt, pytest
 from penaltyanon.results import report
 from penaltyanon.core.files import UserError, read_json
 from penaltyanon.sweep.notebooks import run_notebook
-from conftest import DRAWINGS
+from conftest import DRAWINGS, ROOT, code_cells
 from synthetic import fake_run, fake_sweep
 
 
@@ -86,6 +88,22 @@ def test_games_on_different_data_never_share_a_row(tmp_path):
     html = report.write_report(root, jobs=1).read_text()
     for name in df.data.unique(): assert f"Utility and leakage against the bound B ({name})" in html
     assert "different data" not in html and "59.0" not in html
+
+
+@pytest.mark.parametrize("preset, names", [("paper", ("UNet++", "I3D ResNet-50", "two views")), ("demo", ("UNet++", "small 3D ResNet", "two views"))])
+def test_the_diagrams_name_the_networks_of_a_preset(preset, names, tmp_path):
+    "Figures 1 and 4, as vectors, the same bytes twice."
+    drawn = []
+    for out in (tmp_path/"one", tmp_path/"two"):
+        scope = {}
+        for cell in code_cells(ROOT/"nbs/figures/diagrams.ipynb"):
+            exec(compile(cell.source, "diagrams", "exec"), scope)
+            if "parameters" in cell.metadata.get("tags", []): scope.update(preset=preset, out=str(out))
+        plt.close("all")
+        drawn.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {f"{n}.{e}" for n in ("fig1_framework_step1", "fig1_framework_step2", "fig4_contrastive") for e in ("svg", "png")}
+    texts = " ".join(t.get_text().replace("\n", " ") for figure in scope["drawn"].values() for t in figure.findobj(matplotlib.text.Text))
+    for name in names: assert name in texts, name
 
 
 def test_an_empty_folder_is_one_line(tmp_path):

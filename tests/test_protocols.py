@@ -131,6 +131,41 @@ def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
     assert {t.stem for t in (run/"tests").glob("*.json")} == {"novel-action", "pahmdb-privacy", "raw-attacker"}
 
 
+def finished_run(root, **settings):
+    "A run folder that says it is finished."
+    run = RunFolder.create(root, resolve("smoke", method="raw", **settings))
+    run.finish({})
+    return run.path.name
+
+
+def attack(*words): return subprocess.run([str(BIN/"penaltyanon"), "attack", *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+def test_only_the_runs_that_a_protocol_is_for_are_attacked(root, tmp_path):
+    "The others are named; where there is no other, that is an error and nothing is written."
+    other = finished_run(tmp_path/"runs", action_data=f"hmdb51:{root}/hmdb51", privacy_data=f"vispr1:{root}/vispr")
+    words = [tmp_path/"runs", "--protocol", "table6-pretrained-attacker", "--layout", "official", "--data", root, "--tests", "raw-attacker"]
+    r = attack(*words)
+    assert r.returncode == 1 and r.stderr.splitlines()[0].startswith(f"skipped: {other} was trained on hmdb51:") and "no run was trained on ucf101:" in r.stderr
+    assert len(r.stderr.strip().splitlines()) == 2 and not list((tmp_path/"runs").rglob("tests"))
+    mine = finished_run(tmp_path/"runs", action_data=f"ucf101:{root}/ucf101", privacy_data=f"vispr1:{root}/vispr")
+    r = attack(*words)
+    assert r.returncode == 0 and f"skipped: {other}" in r.stderr and (tmp_path/"runs"/mine/"tests/raw-attacker.json").is_file(), r.stderr
+    assert not (tmp_path/"runs"/other/"tests").exists()
+
+
+def test_what_attacks_lack_is_said_before_anything_starts(root, tmp_path, monkeypatch):
+    "Data and weights, all at once, in one line."
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"none")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"none"))
+    run = finished_run(tmp_path/"runs", action_data=f"ucf101:{root}/ucf101", privacy_data=f"vispr1:{root}/vispr")
+    common = ["--layout", "official", "--data", root]
+    r = attack(tmp_path/"runs", "--protocol", "table2-ucf101", *common, "--data-set", f"hmdb51=hmdb51:{tmp_path}/nowhere", f"vispr2=vispr2:{tmp_path}/neither")
+    assert r.returncode == 1 and "hmdb51: " in r.stderr and "vispr2: " in r.stderr and len(r.stderr.strip().splitlines()) == 1
+    r = attack(tmp_path/"runs", "--protocol", "table8-attackers-imagenet", *common, "--tests", "privacy-resnet18-imagenet", "privacy-resnet34-imagenet")
+    assert r.returncode == 1 and "resnet18" in r.stderr and "resnet34" in r.stderr and len(r.stderr.strip().splitlines()) == 1
+    assert not (tmp_path/"runs"/run/"tests").exists()
+
+
 @pytest.mark.parametrize("words, says", [
     (["--protocol", "table2"], "did you mean table2-ucf101?"), (["--protocol", "table7-attackers", "--tests", "novel-action"], "has no such test"),
     (["--protocol", "table2-ucf101", "--layout", "moon"], "no such data layout"), (["--protocol", "table1-ucf101", "--data-set", "hmdb51"], "write NAME=LOADER:FOLDER"),

@@ -1,11 +1,12 @@
 "The sweep: nothing misspelt starts, nothing DONE is redone, what fails is named, what hangs is started again."
-import base64, io, subprocess, sys, time
+import base64, io, re, subprocess, sys, time
 from pathlib import Path
-import nbformat, pytest
+import nbformat, numpy as np, pytest
 from PIL import Image
 from penaltyanon.sweep import grid, jobs, notebooks, status
-from penaltyanon.core.files import UsageError, UserError, read_json
-from penaltyanon.core.run_folder import RunFolder
+from conftest import BIN
+from penaltyanon.core.files import UsageError, UserError, file_hash, read_json
+from penaltyanon.core.run_folder import RunFolder, finished_runs
 from penaltyanon.core.settings import resolve, run_name, settings_from
 
 
@@ -26,7 +27,7 @@ def stage(tmp_path):
     return notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), """
 from pathlib import Path
 from penaltyanon.core.files import UserError
-from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.run_folder import RunFolder, finished_runs
 from penaltyanon.core.settings import run_name, settings_from
 s = settings_from(globals())
 run = RunFolder(Path(run_root)/run_name(s), s)
@@ -251,7 +252,7 @@ def test_what_a_killed_sweep_started_dies_with_it_and_its_runs_are_free(tmp_path
     pid = tmp_path/"pid"
     nb = notebook(tmp_path/"stage.ipynb", literals(resolve("smoke")), f"""
 import os, time; from pathlib import Path
-from penaltyanon.core.run_folder import RunFolder
+from penaltyanon.core.run_folder import RunFolder, finished_runs
 from penaltyanon.core.settings import settings_from
 s = settings_from(globals())
 run = RunFolder.create(run_root, s, resume=True)
@@ -267,3 +268,48 @@ run.finish(dict())""")
     job, = jobs.run_jobs(grid.expand_grid("smoke", methods=("raw",)), tmp_path/"runs", notebooks=(nb,))
     assert job.state == "done", job.reason                 # it waited until the old kernel let go of the folder
     assert not Path(f"/proc/{pid.read_text()}").exists() and [p.name for p in (job.path/"attempts").glob("*.ipynb")] == ["stage-1.ipynb"]
+
+
+# ---- where an obfuscation acts
+def toy_detector(path, *box):
+    "An ONNX detector that finds one box in every frame, in pixels of its 64 x 64 input."
+    import onnx
+    info = lambda name, dims: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+    rows = onnx.numpy_helper.from_array(np.array([[[*box, .9, 0]]], np.float32), "rows")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["boxes"], value=rows)], "toy", [info("images", (1, 3, 64, 64))], [info("boxes", None)])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def test_obfuscations_of_regions_run_and_keep_to_their_rows(tmp_path):
+    "In the whole frame, on persons, and where a detector of the user's finds something: three rows, three hashes, three names."
+    pytest.importorskip("onnx"); pytest.importorskip("onnxruntime")
+    if not hasattr(pytest.importorskip("cv2"), "HOGDescriptor"): pytest.skip("this build of OpenCV has no people detector")
+    found = toy_detector(tmp_path/"found.onnx", 0, 0, 32, 64)
+    data = [f"--action-data=puppets:{tmp_path}/puppets", f"--privacy-data=puppets-images:{tmp_path}/puppets"]
+    methods = ["raw", "blackening", "blackening@people", f"blackening@{found}"]
+    out = tmp_path/"runs"
+    said = subprocess.run([str(BIN/"penaltyanon"), "sweep", "--preset", "smoke", "--methods", *methods, "--out", str(out), "--jobs", "1", *data], capture_output=True, text=True, timeout=500)
+    assert said.returncode == 0, said.stderr
+    runs = {r.results["label"]: r for r in finished_runs(out)}
+    assert set(runs) == {"raw", "blackening (whole frame)", "blackening (persons)", "blackening (found)"}
+    assert [re.sub("-s0-.*", "", runs[label].path.name) for label in sorted(runs)] == ["blackening-found", "blackening-people", "blackening", "raw"]
+    assert runs["blackening (found)"].settings.method == f"blackening@{found}#{file_hash(found)[:12]}" and len({r.path.name[-8:] for r in runs.values()}) == 4
+    changed = {label: r.results["rms"]["clips"]["std"] for label, r in runs.items()}
+    assert 0 == changed["raw"] < changed["blackening (found)"] < changed["blackening (whole frame)"] >= changed["blackening (persons)"]
+    from penaltyanon.results.report import load_results, results_table
+    from penaltyanon.results.tables import make_table
+    assert set(results_table(load_results(out)).index) == {*runs, "chance, base rate"}
+    rows = make_table("table1_known", out, repeats=2).rows
+    assert rows.loc["blackening (persons)", "paper: UCF101 Top-1"] == "53.13" and rows.loc["blackening (persons)", "UCF101 Top-1 % ↑"] != "—"
+    assert set(rows.loc[["blackening (whole frame)", "blackening (found)"], "paper: UCF101 Top-1"]) == {"—"}
+    from penaltyanon.evaluate.files import run_anonymizer
+    toy_detector(found, 0, 0, 64, 64)
+    with pytest.raises(UserError, match="found.onnx: is no longer the detector"): run_anonymizer(runs["blackening (found)"])
+
+
+def test_regions_that_cannot_be_had_are_one_line_before_anything_starts(tmp_path, monkeypatch):
+    for method, why in (("blur-strong@faces", "@people or by @FILE.onnx"), ("raw@people", "where regions follow"), (f"pixelate@{tmp_path}/none.onnx", "no such file")):
+        with pytest.raises((UsageError, UserError), match=why): grid.expand_grid("smoke", methods=(method,))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match=r"OpenCV is not installed; install one that has it: pip install 'penaltyanon\[detect\]'"): grid.expand_grid("smoke", methods=("blur-strong@people",))

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PAHMDB', 'NOVEL', 'VPUCF', 'RAW', 'RESNETS', 'RECOGNIZERS', 'BEYOND', 'PROTOCOLS', 'FIGURE3_BOUNDS', 'DATA_LAYOUTS',
            'Attack', 'action_attack', 'privacy_attack', 'video_attackers', 'Protocol', 'find_protocol', 'protocol_data',
-           'data_spec', 'missing_attacks', 'pick_attacks', 'Needs', 'protocol_needs', 'same_data', 'trained_for']
+           'data_spec', 'missing_attacks', 'pick_attacks', 'Needs', 'protocol_needs', 'missing_needs', 'same_data',
+           'trained_for']
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #c002
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.files import UsageError, nearest
+from ..core.files import UsageError, UserError, nearest
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #c005
 @dataclass(frozen=True)
@@ -227,14 +228,37 @@ def protocol_needs(
     weights = {(a.kind if a.sees == "frames" else "action", a.model, a.weights) for a in attacks if a.weights}
     return Needs({name: data_spec(name, data) for name in used}, tuple(sorted(weights)))
 
+# %% ../../nbs/evaluate/3_protocols.ipynb #f7e7b3b9
+def _missing_data(
+    name: str,    # a protocol's data set
+    spec: str,    # for `open_data`
+    split: int,   # official split
+) -> str:         # "" when it is there
+    "What is wrong with a data set."
+    from penaltyanon.data.sources import open_data
+    try: open_data(spec, split)
+    except UserError as e: return f"{name}: {e}"
+    return ""
+
+# %% ../../nbs/evaluate/3_protocols.ipynb #fd1c4f28
+def missing_needs(
+    needs: Needs,     # of `protocol_needs`
+    split: int = 1,   # official split
+) -> list[str]:       # one line each; empty when all is there
+    "Which data and weights of a protocol cannot be had; weights that are published are fetched."
+    from penaltyanon.nets.recognizers import missing_weights
+    lines = [_missing_data(name, spec, split) for name, spec in needs.data.items()]
+    lines += [missing_weights(model, weights) for _, model, weights in needs.weights]
+    return [line for line in lines if line]
+
 # %% ../../nbs/evaluate/3_protocols.ipynb #289a033a
 def same_data(
     a: str,        # spec, as in `open_data`
     b: str,
 ) -> bool:
-    "Do two specs name the same data: the same loader and the same folder?"
+    "Do two specs name the same data: the same loader and the same folder, whatever labels are taken?"
     (name, _, root), (other, _, folder) = a.partition(":"), b.partition(":")
-    return name == other and Path(root).expanduser().resolve() == Path(folder).expanduser().resolve()
+    return name.partition("@")[0] == other.partition("@")[0] and Path(root).expanduser().resolve() == Path(folder).expanduser().resolve()
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #08b45e81
 def trained_for(
