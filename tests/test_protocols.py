@@ -1,7 +1,9 @@
 "Every protocol of the paper, end to end on generated data in the official layouts; and what a protocol refuses."
 import json, shutil, subprocess
+from pathlib import Path
 
 import numpy as np, pytest, torch
+from penaltyanon.cli import plan_protocol
 from penaltyanon.evaluate import attacks, protocols as pr
 from penaltyanon.core.checkpoints import RunContext
 from penaltyanon.nets.anonymizers import Identity
@@ -11,6 +13,7 @@ from penaltyanon.core.settings import resolve
 from penaltyanon.data.records import Collection
 from penaltyanon.data.sources import open_data
 from penaltyanon.data.layouts import write_layouts
+from penaltyanon.sweep.grid import expand_grid
 from conftest import BIN
 
 ATTACKS = {a.name: a for p in pr.PROTOCOLS.values() for a in p.attacks}
@@ -129,6 +132,12 @@ def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
                             "--tests", "raw-attacker"], capture_output=True, text=True, timeout=300)
     assert later.returncode == 0, later.stderr
     assert {t.stem for t in (run/"tests").glob("*.json")} == {"novel-action", "pahmdb-privacy", "raw-attacker"}
+
+
+def test_figure_3_sweeps_from_no_change_to_complete_anonymization():
+    "The protocol's bounds, unless the user names others."
+    overrides, _ = plan_protocol("figure3-bounds", "demo", "", Path("data"), [], [])
+    assert [s.B for s in expand_grid("demo", **overrides | dict(methods=("penalty",)))] == [0, .3, .5, .7, .9, 1]
 
 
 def finished_run(root, **settings):
