@@ -137,7 +137,7 @@ def test_a_sweep_runs_a_protocol_and_never_redoes_it(root, tmp_path):
 def test_figure_3_sweeps_from_no_change_to_complete_anonymization():
     "The protocol's bounds, unless the user names others."
     overrides, _ = plan_protocol("figure3-bounds", "demo", "", Path("data"), [], [])
-    assert [s.B for s in expand_grid("demo", **overrides | dict(methods=("penalty",)))] == [0, .3, .5, .7, .9, 1]
+    assert [s.B for s in expand_grid("demo", **overrides | dict(methods=("penalty",)))] == [0, 0.3, 0.5, 0.7, 0.9, 1]
 
 
 def finished_run(root, **settings):
@@ -172,9 +172,9 @@ def test_what_attacks_lack_is_said_before_anything_starts(root, tmp_path, monkey
     run = finished_run(tmp_path/"runs", action_data=f"ucf101:{root}/ucf101", privacy_data=f"vispr1:{root}/vispr")
     common = ["--layout", "official", "--data", root]
     r = attack(tmp_path/"runs", "--protocol", "table2-ucf101", *common, "--data-set", f"hmdb51=hmdb51:{tmp_path}/nowhere", f"vispr2=vispr2:{tmp_path}/neither")
-    assert r.returncode == 1 and said(r).startswith("error: hmdb51: ") and "; vispr2: " in said(r)
+    assert r.returncode == 1 and "/nowhere: no such data folder" in said(r) and "/neither: no such data folder" in said(r)
     r = attack(tmp_path/"runs", "--protocol", "table8-attackers-imagenet", *common, "--tests", "privacy-resnet18-imagenet", "privacy-resnet34-imagenet")
-    assert r.returncode == 1 and said(r).startswith("error: resnet18") and "; resnet34" in said(r)
+    assert r.returncode == 1 and "resnet18-" in said(r) and "resnet34-" in said(r)
     assert not (tmp_path/"runs"/run/"tests").exists()
 
 

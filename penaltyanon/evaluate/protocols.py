@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['PAHMDB', 'NOVEL', 'VPUCF', 'RAW', 'RESNETS', 'RECOGNIZERS', 'BEYOND', 'PROTOCOLS', 'FIGURE3_BOUNDS', 'DATA_LAYOUTS',
            'Attack', 'action_attack', 'privacy_attack', 'video_attackers', 'Protocol', 'find_protocol', 'protocol_data',
-           'data_spec', 'missing_attacks', 'pick_attacks', 'Needs', 'protocol_needs', 'missing_needs', 'same_data',
-           'trained_for']
+           'data_spec', 'missing_attacks', 'pick_attacks', 'same_data', 'trained_for']
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #c002
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.files import UsageError, UserError, nearest
+from ..core.files import UsageError, nearest
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #c005
 @dataclass(frozen=True)
@@ -208,48 +207,6 @@ def pick_attacks(
             listed = ", ".join(known) or "none beyond the known"
             raise UsageError(f"{name}: {protocol.title} has no such test; it has {listed}")
     return tuple(known[name] for name in names) if names else protocol.attacks
-
-# %% ../../nbs/evaluate/3_protocols.ipynb #2c12dc65
-@dataclass(frozen=True)
-class Needs:
-    "What must be at hand before a protocol begins."
-    data: dict                             # data set name -> spec for `open_data`
-    weights: tuple[tuple[str, str, str], ...]   # kind (action | privacy), network, name or file of its weights
-
-# %% ../../nbs/evaluate/3_protocols.ipynb #cc3083ad
-def protocol_needs(
-    protocol: Protocol,
-    data: dict,         # of `protocol_data`
-    names: list = (),   # of attacks; none = all
-) -> Needs:
-    "The data and weights of a protocol; a data set without a place is an error that says how to name it."
-    attacks = pick_attacks(protocol, names)
-    used = [protocol.action, protocol.privacy, *(name for a in attacks for name in (a.train, a.tested_on))]
-    weights = {(a.kind if a.sees == "frames" else "action", a.model, a.weights) for a in attacks if a.weights}
-    return Needs({name: data_spec(name, data) for name in used}, tuple(sorted(weights)))
-
-# %% ../../nbs/evaluate/3_protocols.ipynb #f7e7b3b9
-def _missing_data(
-    name: str,    # a protocol's data set
-    spec: str,    # for `open_data`
-    split: int,   # official split
-) -> str:         # "" when it is there
-    "What is wrong with a data set."
-    from penaltyanon.data.sources import open_data
-    try: open_data(spec, split)
-    except UserError as e: return f"{name}: {e}"
-    return ""
-
-# %% ../../nbs/evaluate/3_protocols.ipynb #fd1c4f28
-def missing_needs(
-    needs: Needs,     # of `protocol_needs`
-    split: int = 1,   # official split
-) -> list[str]:       # one line each; empty when all is there
-    "Which data and weights of a protocol cannot be had; weights that are published are fetched."
-    from penaltyanon.nets.recognizers import missing_weights
-    lines = [_missing_data(name, spec, split) for name, spec in needs.data.items()]
-    lines += [missing_weights(model, weights) for _, model, weights in needs.weights]
-    return [line for line in lines if line]
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #289a033a
 def same_data(
