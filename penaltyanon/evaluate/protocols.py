@@ -215,7 +215,8 @@ def same_data(
 ) -> bool:
     "Do two specs name the same data: the same loader and the same folder, whatever labels are taken?"
     (name, _, root), (other, _, folder) = a.partition(":"), b.partition(":")
-    return name.partition("@")[0] == other.partition("@")[0] and Path(root).expanduser().resolve() == Path(folder).expanduser().resolve()
+    if name.partition("@")[0] != other.partition("@")[0]: return False
+    return Path(root).expanduser().resolve() == Path(folder).expanduser().resolve()
 
 # %% ../../nbs/evaluate/3_protocols.ipynb #08b45e81
 def trained_for(
