@@ -829,7 +829,7 @@ def publish_table(
 # %% ../../nbs/results/2_tables.ipynb #1396d8b4
 TABLE_TEXTS = {
     "table1_known": """The anonymizer is trained on the very actions and attributes that it is judged by.
-Three trainings: UCF101, HMDB51 (tested on PA-HMDB51) and VP-HMDB51, each with VISPR1's images.
+Three trainings: UCF101, HMDB51 without PA-HMDB51's clips (tested on these) and VP-HMDB51, each with VISPR1's images.
 The paper compares networks of different sizes in this table; the column *networks* says what ours are
 (the anonymizer, the action recognizer that judges it).""",
     "table2_novel": """The anonymizer is frozen, and new attackers train and test on actions and attributes
