@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from penaltyanon.core.files import write_json
 from penaltyanon.core.machine import has_fast_bf16
 from penaltyanon.core.settings import resolve
+from penaltyanon.evaluate.store import anonymized_frames
 from penaltyanon.nets.anonymizers import freeze_batchnorm
 from penaltyanon.train.batches import Batch
 from penaltyanon.train.losses import l1_reconstruction
@@ -117,7 +118,7 @@ TRAININGS = {   # of one seed
 def project_run(measured: dict, data: str) -> dict:
     "Hours of one run in each stage, at the measured speed."
     s, unit, (train, test), images = resolve("paper"), measured["unit_seconds"], SETS[data], 10_000
-    frames = s.frames * (train * s.eval_train_views + test * s.eval_views) + images + 8_000
+    frames = anonymized_frames(s, (train, test), (images, 8_000))
     seconds = {
         "identity": 2 * images * s.identity_epochs * unit["identity_image"],
         "Algorithm 1": s.epochs * (train // s.batch_clips) * measured["seconds_per_step"],

@@ -110,8 +110,8 @@ def predict_logits(
     size = max(s.eval_batch, views_at_once(x.shape[2:], 4 * s.eval_batch))
     for part in pairs.split(size):
         batch = take_views(x, *part.unbind(1)).to(context.device).float() / 255
-        with autocast(s, context.device, recognizer=True): logits.append(net(batch).float().cpu())
-    return rearrange(torch.cat(logits), "(n v) k -> n v k", n=len(samples))
+        with autocast(s, context.device, recognizer=True): logits += net(batch).float().tolist()
+    return rearrange(torch.tensor(logits), "(n v) k -> n v k", n=len(samples))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c44edbc5
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RMS_UNITS', 'RESIDENT', 'PIXELS', 'AnonymizedSet', 'allocate_frames', 'map_file', 'drop_pages', 'add_view_axis',
            'rms_changes', 'views_at_once', 'anonymize_batch', 'anonymized_batches', 'batch_labels', 'anonymize_dataset',
-           'views_of', 'part_bytes', 'store_bytes', 'is_described', 'anonymizer_hash', 'part_key', 'part_data',
-           'record_labels', 'fresh_data', 'FreshViews', 'begin_epoch', 'clip_frames', 'take_views', 'write_part',
-           'anonymize_part', 'check_store_space']
+           'views_of', 'part_bytes', 'store_bytes', 'anonymized_frames', 'is_described', 'anonymizer_hash', 'part_key',
+           'part_data', 'record_labels', 'fresh_data', 'FreshViews', 'begin_epoch', 'clip_frames', 'take_views',
+           'write_part', 'anonymize_part', 'check_store_space']
 
 # %% ../../nbs/evaluate/1_store.ipynb #eb154757
 import hashlib
@@ -63,7 +63,7 @@ def allocate_frames(
     return rearrange(make((n, v, t, c, h, w)), "n v t c h w -> n v c t h w")
 
 # %% ../../nbs/evaluate/1_store.ipynb #28799fbf
-RESIDENT = 500_000_000  # bytes of a map that may stay in memory
+RESIDENT = 250_000_000  # bytes of a map that may stay in memory
 _MAPS = weakref.WeakValueDictionary()  # address -> the array that maps a file
 
 # %% ../../nbs/evaluate/1_store.ipynb #3e28198a
@@ -102,7 +102,7 @@ def rms_changes(
     return torch.stack([rms(x, y, units) for units in RMS_UNITS]).cpu()
 
 # %% ../../nbs/evaluate/1_store.ipynb #86c3ff7b
-PIXELS = 32 * 224 * 224  # that pass through f_A at once, or one clip
+PIXELS = 16 * 224 * 224  # that pass through f_A at once, or one clip
 
 # %% ../../nbs/evaluate/1_store.ipynb #66f317d3
 def views_at_once(
@@ -169,18 +169,20 @@ def anonymize_dataset(
 ) -> AnonymizedSet:
     "Run a data set through a frozen anonymizer once."
     set_mode([], [f_A])
-    x, labels, changes = None, [], []
+    n, x, labels = len(dataset), None, ([], [])
+    changes = torch.empty(len(RMS_UNITS), epochs * n)  # small tensors kept between large ones would break up the heap
     for epoch in range(epochs):
         dataset.set_epoch(epoch)
         for samples, y, change, batch in anonymized_batches(f_A, dataset, context, f"{desc} {epoch + 1}/{epochs}"):
             views = y.shape[1]
-            if x is None: x = allocate((len(dataset), epochs * views, *y.shape[2:]))
+            if x is None: x = allocate((n, epochs * views, *y.shape[2:]))
             x[samples, epoch * views:(epoch + 1) * views] = y
             drop_pages(x)
-            changes.append(change)
-            if epoch == 0: labels.append(batch_labels(batch))
-    action, attributes = map(torch.cat, zip(*labels))
-    return AnonymizedSet(x, action, attributes, dict(zip(RMS_UNITS, torch.cat(changes, 1).mean(1).tolist())))
+            changes[:, epoch * n + samples.start:epoch * n + samples.stop] = change
+            if epoch > 0: continue
+            for kept, new in zip(labels, batch_labels(batch)): kept.extend(new.tolist())
+    rms_means = dict(zip(RMS_UNITS, changes.mean(1).tolist()))
+    return AnonymizedSet(x, torch.tensor(labels[0]), torch.tensor(labels[1]), rms_means)
 
 # %% ../../nbs/evaluate/1_store.ipynb #bb1a3e8d
 def views_of(
@@ -215,6 +217,17 @@ def store_bytes(
         for part, n in zip(("train", "test"), counts):
             sizes[f"{name} {part}"] = part_bytes(s, kind, part == "train", n)
     return sizes
+
+# %% ../../nbs/evaluate/1_store.ipynb #83eaf224
+def anonymized_frames(
+    s: Settings,  # frames, size, views, epochs
+    clips: tuple[int, int],  # videos to train on, to test on
+    images: tuple[int, int],  # privacy images to train on, to test on
+) -> int:  # of one f_T' and two f_B', on images and on frames of the clips
+    "How many frames pass through f_A in one evaluation."
+    kept = sum(store_bytes(s, clips, images).values()) // (3 * s.size**2)
+    if not s.eval_fresh: return kept
+    return kept + s.eval_action_epochs * clips[0] * s.frames + s.eval_privacy_epochs * (clips[0] + images[0])
 
 # %% ../../nbs/evaluate/1_store.ipynb #543fc875
 def is_described(

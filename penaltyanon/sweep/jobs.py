@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..core.files import UserError, write_json
 from ..core.settings import IDENTITY_METHODS, TRAINED_METHODS, Settings, run_name
+from ..core.shared import hold_store
 from .grid import run_parameters
 from .notebooks import check_parameters, find_notebook, run_notebook_steps
 
@@ -187,15 +188,16 @@ def run_job_steps(
 ):
     "The notebooks of one job in its run folder, then its protocol's attacks; a generator like `run_notebook_steps`."
     run_steps = run_steps or run_notebook_steps
-    options = dict(threads=threads, attempts=True, env=job_environment(job))
-    for name in notebooks_left(job, notebooks):
-        output = job.path/f"{Path(name).stem}.ipynb"
-        yield from run_steps(name, run_parameters(job.settings, job.root), output, **options)
-    if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
-    if left := attacks_left(job):
-        names = [attack.name for attack in left]
-        parameters = dict(run=str(job.path), protocol=job.protocol, tests=names, data=job.data)
-        yield from run_steps("runs/attack", parameters, job.path/"tests"/f"{job.protocol}.ipynb", **options)
+    with hold_store() as held:     # what the evaluation anonymized is there for the attacks
+        options = dict(threads=threads, attempts=True, env=job_environment(job) | held)
+        for name in notebooks_left(job, notebooks):
+            output = job.path/f"{Path(name).stem}.ipynb"
+            yield from run_steps(name, run_parameters(job.settings, job.root), output, **options)
+        if not (job.path/"DONE").exists(): raise UserError(f"the notebooks ran, but {job.path} has no DONE")
+        if left := attacks_left(job):
+            names = [attack.name for attack in left]
+            parameters = dict(run=str(job.path), protocol=job.protocol, tests=names, data=job.data)
+            yield from run_steps("runs/attack", parameters, job.path/"tests"/f"{job.protocol}.ipynb", **options)
 
 # %% ../../nbs/sweep/2_jobs.ipynb #a375301a
 def data_sets_of(
