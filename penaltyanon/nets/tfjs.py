@@ -8,7 +8,7 @@ __all__ = ['TFJS_PLAIN', 'TFJS_REDUCE', 'TFJS_TYPES', 'TFJS_OPS', 'read_attribut
            'finish_fused', 'convolve', 'convolve_depthwise', 'convolve_transposed', 'pool_max', 'pool_mean',
            'resize_matrix', 'resize_bilinear', 'multiply_matrices', 'reduce_axes', 'slice_axis', 'slice_strided',
            'pad_sides', 'gather_axis', 'gather_points', 'top_k', 'plan_release', 'full_precision', 'check_operations',
-           'TfjsNetwork', 'find_outputs', 'describe_graph', 'read_graph', 'save_graph', 'load_graph']
+           'TfjsNetwork', 'find_outputs', 'describe_graph', 'read_graph', 'save_graph', 'load_graph', 'PreparedNetwork']
 
 # %% ../../nbs/nets/7_tfjs.ipynb #cde0a789
 import base64
@@ -483,3 +483,31 @@ def load_graph(
     except (SafetensorError, OSError, KeyError) as e:
         raise UserError(f"{path}: holds no converted TF.js graph; `penaltyanon weights fetch` makes one") from e
     return TfjsNetwork(graph, tensors).eval()
+
+# %% ../../nbs/nets/7_tfjs.ipynb #00404426
+class PreparedNetwork(nn.Module):
+    "A graph that takes frames."
+    def __init__(self,
+        net: TfjsNetwork,
+        bgr: bool = False, # blue comes first
+        scale: float = 1., # 1 becomes this
+        mean: tuple = (0., 0., 0.), # subtracted then, in the graph's order of colours
+        embedding: str = "", # output that `features` gives
+    ):
+        super().__init__()
+        self.net, self.bgr, self.scale, self.embedding = net, bgr, scale, embedding
+        self.size = tuple(net.graph["input"]["shape"][1:3])
+        self.single = net.graph["input"]["shape"][0] == 1
+        self.register_buffer("mean", torch.tensor(mean))
+
+    def prepare_input(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n h2 w2 3"]:
+        "Resized, in the graph's order and range."
+        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        return channels_last(x.flip(1) if self.bgr else x) * self.scale - self.mean
+
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> dict[str, Tensor]:
+        found = [self.net(part) for part in self.prepare_input(x).split(1 if self.single else len(x))]
+        return {label: torch.cat([f[label] for f in found]) for label in found[0]}
+
+    def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        return self(x)[self.embedding].flatten(1)
