@@ -64,7 +64,7 @@ def test_an_attacker_finds_what_is_there_and_nothing_else(f_A, sees):
     train, test = (ev.anonymize_dataset(f_A, Frames(n, k), CONTEXT, epochs=e) for n, k, e in ((64, 0, 2), (100, 1, 1)))
     assert train.x.shape == (64, 2, 3, 16, 16) and train.x.dtype == torch.uint8
     net = build_model("r2d_small", 1, PRIVACY_MODELS)
-    net = ev.fit_attacker(net, train.x, train.attributes, torch.arange(64) % 8 == 0, ev.AttackerRecipe(attribute_loss, 6, 3e-3), CONTEXT)
+    ev.fit_attacker(net, train.x, train.attributes, torch.arange(64) % 8 == 0, ev.AttackerRecipe(attribute_loss, 6, 3e-3), CONTEXT)
     scores = ev.privacy_scores(ev.predict_logits(net, test.x, CONTEXT).mean(1).numpy(), test.attributes.numpy(), ("bright",))
     assert (scores["bright"]["ap"] > 95) if sees else (scores["bright"]["ap"] < scores["bright"]["base"] + 1)
 

@@ -111,6 +111,12 @@ class _Evaluation:
     eval_lr_action: float = 1e-4     # Adam, > 0
     eval_lr_privacy: float = 1e-3    # Adam, > 0
     eval_batch: int = 16             # clips or images in a batch of an attacker, >= 1
+    eval_batch_privacy: int = 0      # images in a batch of f_B', >= 0; 0 = eval_batch
+    eval_schedule: str = "onecycle"  # of the rate: onecycle | plateau (a fifth when the loss stalls)
+    eval_warmup_epochs: int = 0      # epochs of linear growth under plateau, >= 0
+    eval_choice: str = "loss"        # epoch that is judged: last | accuracy | loss (best held out)
+    eval_patience: int = 5           # epochs in vain before plateau lowers the rate or accuracy stops, >= 1
+    eval_seeds: int = 1              # networks of each kind, their scores averaged, >= 1
     eval_views: int = 5              # evenly spaced clips of each test video whose scores are averaged, >= 1
     eval_train_views: int = 1        # crops and starts of each training video that are anonymized beforehand, >= 1
     eval_fresh: bool = False         # instead: through f_A anew in every epoch, with new crops and starts
@@ -118,8 +124,8 @@ class _Evaluation:
     eval_privacy_model: str = ""     # f_B'; "" = privacy_model
     eval_action_weights: str = ""    # name or file of what f_T' starts from; "" = action_weights; none = random
     eval_privacy_weights: str = ""   # name or file of what f_B' starts from; "" = privacy_weights; none = random
-    holdout: float = 0.1             # share of train kept for choosing the epoch, [0, 1)
-    bootstrap: int = 1000            # resamples of the test videos for intervals, >= 0
+    holdout: float = 0.1             # share of train for choosing the epoch, [0, 1); none for last
+    bootstrap: int = 1000            # resamples of the test recordings for intervals, >= 0
     measures: str = ""               # of evaluate/9_measures, with commas, or all; "" = none
     clip_features: str = "thumbnail"    # frozen network of measures: thumbnail, NAME@WEIGHTS, file.py:builder
     frame_features: str = "thumbnail"   # the same for frames
@@ -184,6 +190,8 @@ CHOICES = dict(
     units=("std", "pixel", "motion"),
     scope=("clip", "batch"),
     pairs=("views", "frames"),
+    eval_schedule=("onecycle", "plateau"),
+    eval_choice=("last", "accuracy", "loss"),
     precision=("bf16", "fp32"))
 
 # %% ../../nbs/core/2_settings.ipynb #h051
@@ -222,7 +230,7 @@ def _region_rule(
 AT_LEAST = dict(
     split=1, frames=1, skip=1, size=8, decoder=1, epochs=1, batch_clips=1, batch_images=2, privacy_updates=1,
     ensemble=1, log_every=1, devices=1, eval_action_epochs=1, eval_privacy_epochs=1, eval_batch=1, eval_views=1,
-    eval_train_views=1)     # all others: 0
+    eval_train_views=1, eval_patience=1, eval_seeds=1)     # all others: 0
 
 # %% ../../nbs/core/2_settings.ipynb #22784e81
 POSITIVE = ("crop", "keep_rate", "identity_lr", "warmup_lr", "lr_anonymizer", "lr_action", "lr_privacy",
@@ -315,13 +323,15 @@ PRESETS["mini"] = dict(
     identity_steps=300, identity_lr=2e-3, warmup_steps=150, warmup_lr=1e-3,
     steps=200, batch_clips=4, batch_images=12, privacy_updates=2, penalty="constraint", dual_lr=10.0,
     lr_anonymizer=5e-4, lr_action=3e-4, lr_privacy=3e-4, share_forward=True, log_every=1,
-    eval_action_epochs=10, eval_privacy_epochs=6, eval_lr_action=5e-4, eval_lr_privacy=5e-4, eval_train_views=2)
+    eval_action_epochs=10, eval_privacy_epochs=6, eval_lr_action=5e-4, eval_lr_privacy=5e-4, eval_train_views=2,
+    eval_choice="last", eval_seeds=3)
 
 # %% ../../nbs/core/2_settings.ipynb #c065
 PRESETS["paper"] = dict(
     action_data="ucf101:data/ucf101", privacy_data="vispr1:data/vispr",
     action_weights="kinetics400", privacy_weights="simclr", eval_privacy_weights=WITHOUT_WEIGHTS,
-    identity_target=0.0, clip_grad=0.0, eval_fresh=True)
+    identity_target=0.0, clip_grad=0.0, eval_fresh=True,
+    eval_batch_privacy=32, eval_schedule="plateau", eval_warmup_epochs=5, eval_choice="last", eval_seeds=3)
 
 # %% ../../nbs/core/2_settings.ipynb #c067
 METHOD_DEFAULTS = dict(     # beaten by overrides
@@ -413,8 +423,10 @@ MACHINE_FIELDS = ("device", "threads", "workers", "devices", "save_minutes")
 
 # %% ../../nbs/core/2_settings.ipynb #f35f62d3
 LATER_FIELDS = ("triplet", "keep_rate", "backbone", "ensemble", "restart_every", "identity_epochs", "pairs",
-                "temperature", "symmetric", "health_every", "eval_action_weights", "eval_privacy_weights", "eval_fresh",
-                "measures", "clip_features", "frame_features")
+                "temperature", "symmetric", "health_every", "eval_action_weights", "eval_privacy_weights",
+                "eval_fresh", "measures", "clip_features", "frame_features",
+                "eval_batch_privacy", "eval_schedule", "eval_warmup_epochs", "eval_choice", "eval_patience",
+                "eval_seeds")
 
 # %% ../../nbs/core/2_settings.ipynb #c079
 def _short_hash(

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['top1', 'attribute_scores', 'privacy_scores', 'mean_score', 'augment_anonymized', 'predict_logits', 'AttackerRecipe',
-           'AttackerTraining', 'attacker_state', 'load_attacker_state', 'next_attacker_batch', 'attacker_step',
-           'fit_epoch', 'heldout_loss', 'fit_attacker', 'score_actions', 'score_attributes', 'attacker_builder',
-           'cached_predictions', 'evaluate_utility', 'evaluate_privacy', 'heldout_mask', 'anonymize_splits',
-           'stage_context', 'evaluate_frames', 'named_predictions', 'evaluate', 'prediction_arrays', 'save_predictions']
+           'attacker_recipe', 'PlateauSchedule', 'build_schedule', 'AttackerTraining', 'attacker_state',
+           'load_attacker_state', 'next_attacker_batch', 'attacker_step', 'fit_epoch', 'average_views', 'heldout_score',
+           'heldout_row', 'end_epoch', 'fit_attacker', 'split_judges', 'describe_resampling', 'score_actions',
+           'mean_attribute_scores', 'score_attributes', 'score_within_class', 'score_given_action', 'attacker_builder',
+           'cached_predictions', 'judge_context', 'train_judge', 'train_judges', 'evaluate_utility', 'evaluate_privacy',
+           'heldout_mask', 'anonymize_splits', 'stage_context', 'evaluate_frames', 'named_predictions', 'evaluate',
+           'prediction_arrays', 'save_predictions', 'Predictions', 'load_predictions']
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c002
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.checkpoints import Checkpointer, RunContext, maybe_save
-from ..core.files import atomic_write
+from ..core.files import UserError, atomic_write
 from ..core.settings import Settings, evaluation_weights
 from ..data.records import Collection
 from ..data.sources import split_holdout
@@ -35,7 +39,9 @@ from ..nets.recognizers import ACTION_MODELS, PRIVACY_MODELS, build_model
 from ..train.batches import autocast
 from ..train.losses import attribute_loss
 from ..train.minimax import check_finite, explain_out_of_memory, set_mode
-from .intervals import accuracies, mean_precisions, percentile_interval, resample_counts
+from .intervals import (
+    accuracies, class_prior_floor, class_shares, combine_judges, count_pairs, detectable_difference, mean_precisions,
+    percentile_interval, resample_counts, unmeasurable_attributes, within_class_auc)
 from penaltyanon.evaluate.store import (
     AnonymizedSet, anonymize_dataset, anonymize_part, begin_epoch, check_store_space, clip_frames, take_views,
     views_at_once)
@@ -120,10 +126,73 @@ class AttackerRecipe:
     loss: Callable  # (logits, labels) -> scalar
     epochs: int  # each sees one view of every sample
     lr: float  # Adam's peak rate
+    labels: str = "action"  # what it learns: action | attributes
+    batch: int = 0  # samples; 0 = eval_batch
+    schedule: str = "onecycle"  # onecycle | plateau
+    warmup: int = 0  # epochs of the plateau schedule
+    choice: str = "loss"  # the epoch that is judged: last | accuracy | loss
+    patience: int = 5  # epochs without progress
+    seed: int = 0  # of this judge, added to the run's
 
     def steps(self, samples: int, batch_size: int) -> int:
         "Batches in all, at least one per epoch."
         return self.epochs * max(1, math.ceil(samples / batch_size))
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #1f974b7d
+def attacker_recipe(
+    s: Settings,
+    labels: str,  # action: f_T' | attributes: f_B'
+) -> AttackerRecipe:
+    "How the settings say that f_T' or f_B' learns (section 4.2)."
+    shared = dict(labels=labels, schedule=s.eval_schedule, warmup=s.eval_warmup_epochs,
+                  choice=s.eval_choice, patience=s.eval_patience)
+    if labels == "action": return AttackerRecipe(F.cross_entropy, s.eval_action_epochs, s.eval_lr_action, **shared)
+    own = dict(batch=s.eval_batch_privacy, **shared)
+    return AttackerRecipe(attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy, **own)
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #9719419d
+class PlateauSchedule:
+    "A linear warm-up, then a fifth of the rate whenever the loss stalls (section 4.2)."
+    def __init__(self,
+        optimizer: torch.optim.Optimizer,
+        recipe: AttackerRecipe,  # lr, warmup, patience
+        batches: int,  # in an epoch
+    ):
+        self.optimizer, self.recipe, self.growing = optimizer, recipe, recipe.warmup * batches
+        self.state = dict(steps=0, factor=1.0, best=math.inf, stalled=0)
+        self.set_rate()
+
+    def set_rate(self):
+        "What the state says, into the optimizer."
+        grown = min(1, (self.state["steps"] + 1) / max(1, self.growing))
+        for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr * grown * self.state["factor"]
+
+    def step(self):
+        "After every batch."
+        self.state["steps"] += 1
+        self.set_rate()
+
+    def end_epoch(self, loss: float):
+        "After every epoch, with its mean loss."
+        better = loss < self.state["best"]
+        self.state |= dict(best=min(loss, self.state["best"]), stalled=0 if better else self.state["stalled"] + 1)
+        if self.state["stalled"] >= self.recipe.patience: self.state |= dict(factor=self.state["factor"] / 5, stalled=0)
+        self.set_rate()
+
+    def state_dict(self) -> dict: return dict(self.state)
+    def load_state_dict(self, state: dict): self.state = dict(state)
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #65f42064
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    recipe: AttackerRecipe,
+    samples: int,
+    batch_size: int,
+):
+    "The schedule that a recipe names."
+    steps = recipe.steps(samples, batch_size)
+    if recipe.schedule == "plateau": return PlateauSchedule(optimizer, recipe, steps // recipe.epochs)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps + 1, pct_start=0.15)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c028
 class AttackerTraining:
@@ -134,26 +203,31 @@ class AttackerTraining:
         samples: Int[Tensor, "m"],  # those it learns from
         s: Settings,  # eval_batch, seed
     ):
-        self.net, self.recipe = net, recipe
-        self.samples, self.batch_size = samples, s.eval_batch
+        self.net, self.recipe, self.samples = net, recipe, samples
+        self.batch_size = recipe.batch or s.eval_batch
         self.optimizer = torch.optim.Adam(net.parameters(), recipe.lr)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, recipe.lr, total_steps=recipe.steps(len(samples), s.eval_batch) + 1, pct_start=0.15)
-        self.generator = torch.Generator().manual_seed(s.seed)
-        self.best, self.weights = float("inf"), None
-        self.epoch, self.order, self.batches = 0, None, ()
+        self.schedule = build_schedule(self.optimizer, recipe, len(samples), self.batch_size)
+        self.generator = torch.Generator().manual_seed(s.seed + 7919 * recipe.seed)
+        self.best, self.weights, self.judged = math.inf, None, 0
+        self.epoch, self.losses = 0, []
+        self.order, self.batches = None, ()
 
     def start_epoch(self):
         "Draw an order of samples, unless an interrupted epoch has batches left."
         if self.batches: return
         self.order = self.samples[torch.randperm(len(self.samples), generator=self.generator)]
-        self.batches = self.order.split(self.batch_size)
+        self.batches, self.losses = self.order.split(self.batch_size), []
 
-    def keep_best(self, heldout_loss: float):
-        "Remember the weights where the held-out loss is the lowest so far."
-        if heldout_loss <= self.best or self.weights is None:
-            self.best = heldout_loss
-            self.weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+    def keep_best(self, value: float):
+        "Remember the weights where a value, the lower the better, is the lowest so far."
+        if not (value <= self.best or self.judged == 0): return
+        self.best, self.judged = value, self.epoch + 1
+        self.weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+
+    def is_over(self) -> bool:
+        "All epochs are done, or patience is at its end."
+        waited = self.recipe.choice == "accuracy" and self.epoch - self.judged >= self.recipe.patience
+        return self.epoch >= self.recipe.epochs or bool(self.judged and waited)
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #ae8f9d7f
 def attacker_state(
@@ -164,6 +238,7 @@ def attacker_state(
     return dict(
         parts=[part.state_dict() for part in parts],
         best=training.best, weights=training.weights,
+        judged=training.judged, losses=training.losses,
         epoch=training.epoch, order=training.order, left=len(training.batches),
         generator=training.generator.get_state())
 
@@ -177,6 +252,7 @@ def load_attacker_state(
     for part, values in zip(parts, state["parts"]): part.load_state_dict(values)
     training.best, training.weights = state["best"], state["weights"]
     training.epoch, training.order = state["epoch"], state["order"]
+    training.judged, training.losses = state.get("judged", state["epoch"]), list(state.get("losses", []))
     left = state["left"]  # batches of an interrupted epoch
     training.batches = training.order.split(training.batch_size)[-left:] if left else ()
     training.generator.set_state(state["generator"])
@@ -207,7 +283,8 @@ def attacker_step(
     loss.backward()
     training.optimizer.step()
     training.schedule.step()
-    return loss.item()
+    training.losses.append(loss.item())
+    return training.losses[-1]
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #d649ceb4
 def fit_epoch(
@@ -224,80 +301,179 @@ def fit_epoch(
     while training.batches:
         loss = attacker_step(training, x, y, context)
         check_finite({stage: loss}, training.epoch + 1)
+        if not training.batches and isinstance(training.schedule, PlateauSchedule):
+            training.schedule.end_epoch(sum(training.losses) / len(training.losses))
         if training.batches: maybe_save(context.checkpointer, stage, False, lambda: attacker_state(training))
     return loss
 
+# %% ../../nbs/evaluate/2_attackers.ipynb #87ee4ecc
+def average_views(
+    logits: Float[Tensor, "n views k"],  # of `predict_logits`
+    labels: str,  # action | attributes
+) -> Float[Tensor, "n k"]:  # probabilities of classes, or logits of attributes
+    "One prediction for each sample."
+    return (logits.softmax(-1) if labels == "action" else logits).mean(1)
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #4f2d0ab8
+def heldout_score(
+    recipe: AttackerRecipe,  # labels
+    logits: Float[Tensor, "n views k"],
+    y: Tensor,  # their labels
+) -> float:  # percent
+    "Top-1 or cMAP."
+    scores, ones = average_views(logits, recipe.labels).numpy(), np.ones((1, len(y)))
+    score = accuracies if recipe.labels == "action" else mean_precisions
+    return float(score(scores, y.numpy(), ones)[0])
+
 # %% ../../nbs/evaluate/2_attackers.ipynb #7140b857
-def heldout_loss(
+def heldout_row(
     training: AttackerTraining,
     x: UInt8[Tensor, "n views 3 ..."],  # anonymized training data
     y: Tensor,  # (n,) classes or (n, k) attributes
     heldout: Bool[Tensor, "n"],  # the held-out part
     context: RunContext,
-) -> float:
-    "Loss of logits averaged over views."
-    logits = predict_logits(training.net, x, context, heldout.nonzero().squeeze(1)).mean(1)
-    return float(training.recipe.loss(logits, y[heldout]))
+) -> dict:  # held_loss; held_score under choice=accuracy
+    "How good the network is on the held-out part."
+    logits = predict_logits(training.net, x, context, heldout.nonzero().squeeze(1))
+    row = dict(held_loss=float(training.recipe.loss(logits.mean(1), y[heldout])))
+    if training.recipe.choice == "accuracy": row["held_score"] = heldout_score(training.recipe, logits, y[heldout])
+    return row
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #821d80ba
+def end_epoch(
+    training: AttackerTraining,
+    row: dict,  # loss, held_loss, perhaps held_score
+):
+    "Keep the weights by the rule of the recipe, and count the epoch."
+    choice = training.recipe.choice
+    if choice == "last": training.judged = training.epoch + 1
+    else: training.keep_best(-row.get("held_score", math.nan) if choice == "accuracy" else row["held_loss"])
+    training.epoch += 1
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #2f038574
 @explain_out_of_memory("eval_batch or size")
 def fit_attacker(
     net: nn.Module,  # fresh attacker; changed in place
     x: UInt8[Tensor, "n views 3 ..."],  # anonymized training data
     y: Tensor,  # (n,) classes or (n, k) attributes
     heldout: Bool[Tensor, "n"],  # the part on which the epoch is chosen
-    recipe: AttackerRecipe,  # loss, epochs, rate
+    recipe: AttackerRecipe,
     context: RunContext,  # settings: eval_batch, precision, seed; logs one row per epoch
     stage: str = "attack",  # name of the attacker: of its checkpoints and its progress bar
-) -> nn.Module:  # the network with the best held-out weights
-    "Train an attacker on anonymized data; choose its epoch on held-out training data."
+) -> AttackerTraining:  # its net has the weights of the epoch that is judged
+    "Train an attacker on anonymized data."
     checkpointer = context.checkpointer
     training = AttackerTraining(net.to(context.device), recipe, (~heldout).nonzero().squeeze(1), context.settings)
     if checkpointer and (state := checkpointer.resume(stage)): load_attacker_state(training, state)
-    bar = tqdm(range(training.epoch, recipe.epochs), desc=stage, disable=not context.progress, mininterval=1)
-    for epoch in bar:
-        loss = held_loss = fit_epoch(training, x, y, context, stage)
-        if heldout.any(): held_loss = heldout_loss(training, x, y, heldout, context)
-        training.keep_best(held_loss)
-        context.log({"epoch": epoch + 1, "loss": loss, "held_loss": held_loss})
-        bar.set_postfix(loss=f"{loss:.3f}", held=f"{held_loss:.3f}")
-        training.epoch += 1
+    bar = tqdm(initial=training.epoch, total=recipe.epochs, desc=stage, disable=not context.progress, mininterval=1)
+    while not training.is_over():
+        row = dict(epoch=training.epoch + 1, loss=fit_epoch(training, x, y, context, stage))
+        row["held_loss"] = row["loss"]
+        if heldout.any(): row |= heldout_row(training, x, y, heldout, context)
+        context.log(row)
+        bar.set_postfix(loss=f"{row['loss']:.3f}", held=f"{row['held_loss']:.3f}")
+        bar.update()
+        end_epoch(training, row)
         maybe_save(checkpointer, stage, True, lambda: attacker_state(training))
-    net.load_state_dict(training.weights)
-    return net
+    bar.close()
+    if training.weights: net.load_state_dict(training.weights)
+    return training
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c034
+def split_judges(
+    scores: Float[np.ndarray, "... n k"],  # of one judge (n, k), or of several (j, n, k)
+) -> Float[np.ndarray, "j n k"]:
+    "Predictions with an axis of judges."
+    return scores if scores.ndim == 3 else scores[None]
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #bf9d3076
+def describe_resampling(
+    each: Float[np.ndarray, "j r"],  # a score of every resample, one line per judge
+    groups: Sequence[str] | None,  # of the records
+    highest: float = 100,  # that a score can be
+) -> dict:  # ci; judges: their scores, where there are several; groups: how many, where records share them
+    "The interval of a mean score, and what it is made of."
+    about = dict(ci=percentile_interval(combine_judges(each).clip(0, highest)))
+    if len(each) > 1: about["judges"] = each[:, 0].tolist()
+    if groups is not None and len({*groups}) < len(groups): about["groups"] = len({*groups})
+    return about
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #89ea207a
 def score_actions(
-    probabilities: Float[np.ndarray, "n k"],  # of n videos
+    probabilities: Float[np.ndarray, "... n k"],  # of n videos, by one judge or several
     labels: Int[np.ndarray, "n"],  # true classes
     repeats: int,  # of the bootstrap
-) -> dict:  # top1, ci, n, chance; percent
+    groups: Sequence[str] | None = None,  # recording of each video
+) -> dict:  # top1, n, chance, and of `describe_resampling`; percent
     "Top-1 with its interval and the share of the largest class."
-    resamples = accuracies(probabilities, labels, resample_counts(len(labels), repeats))
+    judges, w = split_judges(probabilities), resample_counts(len(labels), repeats, groups=groups)
+    each = np.stack([accuracies(p, labels, w) for p in judges])
     return dict(
-        top1=top1(probabilities, labels),
-        ci=percentile_interval(resamples),
+        top1=float(np.mean([top1(p, labels) for p in judges])),
         n=len(labels),
-        chance=100 * float(np.bincount(labels).max() / len(labels)))
+        chance=100 * float(np.bincount(labels).max() / len(labels)),
+        **describe_resampling(each, groups))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c035
+def mean_attribute_scores(
+    each: list[dict],  # `privacy_scores` of every judge
+) -> dict[str, dict]:  # the same, averaged
+    "Scores of every attribute, the mean over judges."
+    return {name: {key: float(np.mean([scores[name][key] for scores in each])) for key in found}
+            for name, found in each[0].items()}
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #6a20f53e
 def score_attributes(
-    logits: Float[np.ndarray, "n k"],  # of n videos or images
+    logits: Float[np.ndarray, "... n k"],  # of n videos or images, by one judge or several
     labels: Float[np.ndarray, "n k"],  # 0, 1 or NaN for unknown
     names: tuple[str, ...],  # of the k attributes
     repeats: int,  # of the bootstrap
-) -> dict:  # cmap, ci, f1, f1_logit, base_rate, n, attributes
+    groups: Sequence[str] | None = None,  # recording of each
+) -> dict:  # cmap, f1, f1_logit, base_rate, n, attributes, and of `describe_resampling`
     "cMAP with its interval, F1, and the base rate."
-    scores = privacy_scores(logits, labels, names)
-    resamples = mean_precisions(logits, labels, resample_counts(len(labels), repeats))
+    judges, w = split_judges(logits), resample_counts(len(labels), repeats, groups=groups)
+    scores = mean_attribute_scores([privacy_scores(z, labels, names) for z in judges])
+    each = np.stack([mean_precisions(z, labels, w) for z in judges])
+    means = dict(cmap="ap", f1="f1", f1_logit="f1_logit", base_rate="base")
     return dict(
-        cmap=mean_score(scores, "ap"),
-        ci=percentile_interval(resamples),
-        f1=mean_score(scores, "f1"),
-        f1_logit=mean_score(scores, "f1_logit"),
-        base_rate=mean_score(scores, "base"),
-        n=len(labels),
-        attributes=scores)
+        **{key: mean_score(scores, of) for key, of in means.items()},
+        n=len(labels), attributes=scores, **describe_resampling(each, groups))
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #e96d62d9
+def score_within_class(
+    logits: Float[np.ndarray, "... n k"],  # by one judge or several
+    labels: Float[np.ndarray, "n k"],  # 0, 1 or NaN for unknown
+    classes: Int[np.ndarray, "n"],  # true classes
+    names: tuple[str, ...],  # of the k attributes
+    w: Float[np.ndarray, "r n"],  # from `resample_counts`
+    groups: Sequence[str] | None = None,  # recording of each
+) -> dict:  # auc in [0, 1], chance .5, pairs, dropped: name -> reason, detectable, and of `describe_resampling`
+    "How well an attacker tells people of one action apart."
+    dropped = unmeasurable_attributes(labels, classes, names)
+    kept = [i for i, name in enumerate(names) if name not in dropped]
+    about = dict(pairs=sum(count_pairs(labels[:, i], classes) for i in kept), dropped=dropped)
+    if not kept: return about
+    each = np.stack([within_class_auc(z[:, kept], labels[:, kept], classes, w) for z in split_judges(logits)])
+    return dict(auc=float(each[:, 0].mean()), chance=.5, detectable=detectable_difference(combine_judges(each)),
+                **about, **describe_resampling(each, groups, highest=1))
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #ce52d0ac
+def score_given_action(
+    train: AnonymizedSet,
+    test: AnonymizedSet,
+    logits: Float[np.ndarray, "... n k"],  # for the test set
+    names: tuple[str, ...],  # of the attributes
+    repeats: int,  # of the bootstrap
+) -> dict:  # within_class; class_prior where both sets have the same classes; empty without actions
+    "What an attribute attacker knows beyond the action."
+    if not bool((test.action >= 0).all()): return {}
+    classes, labels = test.action.numpy(), test.attributes.numpy()
+    w = resample_counts(len(classes), repeats, groups=test.groups or None)
+    scores = dict(within_class=score_within_class(logits, labels, classes, names, w, test.groups or None))
+    if test.classes and train.classes == test.classes:
+        shares = class_shares(train.action.numpy(), train.attributes.numpy(), len(test.classes))
+        scores["class_prior"] = class_prior_floor(shares, classes, labels)
+    return scores
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #cf58ed4e
 def attacker_builder(
@@ -318,8 +494,8 @@ def attacker_builder(
 def cached_predictions(
     stage: str,  # name of the attacker
     checkpointer: Checkpointer | None,  # what is done already
-    predict: Callable[[], tuple],  # trains and tests; returns predictions and labels, two arrays
-) -> tuple[np.ndarray, np.ndarray]:  # predictions, labels
+    predict: Callable[[], tuple],  # trains and tests; returns arrays: predictions, labels, the epoch that was judged
+) -> tuple[np.ndarray, ...]:  # the same
     "An attacker's predictions, from the checkpoint where they are in it."
     if checkpointer is None: return predict()
     if stage not in checkpointer.done:
@@ -327,6 +503,54 @@ def cached_predictions(
         checkpointer.done[stage] = [torch.from_numpy(array) for array in predict()]
         checkpointer.save("between", {})
     return tuple(tensor.numpy() for tensor in checkpointer.done[stage])
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #837d0124
+def judge_context(
+    context: RunContext,
+    recipe: AttackerRecipe,  # seed: which judge
+) -> RunContext:
+    "The context of one of several judges: its rows count on."
+    judges, j = context.settings.eval_seeds, recipe.seed
+    if judges == 1: return context
+    def log(row): context.log({**row, "judge": j, "step": j*recipe.epochs + row["epoch"], "of": judges*recipe.epochs})
+    return replace(context, log=log)
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #534c2d0d
+def train_judge(
+    build: Callable[[], nn.Module],  # fresh f_T' or f_B'
+    train: AnonymizedSet,
+    test: AnonymizedSet,
+    heldout: Bool[Tensor, "n"],  # held-out part of train
+    recipe: AttackerRecipe,
+    context: RunContext,
+    stage: str,  # name of the attacker
+) -> tuple[np.ndarray, ...]:  # predictions (n, k), labels, the epoch that was judged
+    "One fresh network, trained and tested, unless the checkpoint has its predictions."
+    context = judge_context(context, recipe)
+    def predict():
+        y = getattr(train, recipe.labels)
+        training = fit_attacker(build(), train.x, y, heldout, recipe, context, stage)
+        predictions = average_views(predict_logits(training.net, test.x, context), recipe.labels)
+        return predictions.numpy(), getattr(test, recipe.labels).numpy(), np.array([training.judged])
+    return cached_predictions(stage, context.checkpointer, predict)
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #824c5e96
+def train_judges(
+    build: Callable[[], nn.Module],  # fresh f_T' or f_B'
+    train: AnonymizedSet,
+    test: AnonymizedSet,
+    heldout: Bool[Tensor, "n"],  # held-out part of train
+    recipe: AttackerRecipe,
+    context: RunContext,  # settings: eval_seeds
+    stage: str,  # name of the attacker
+) -> tuple[np.ndarray, np.ndarray, dict]:  # predictions (n, k) or of several (j, n, k); labels; rule, epochs
+    "As many judges as the settings ask for, one after the other."
+    names = [stage, *(f"{stage}, seed {j}" for j in range(1, context.settings.eval_seeds))]
+    found = [train_judge(build, train, test, heldout, replace(recipe, seed=j), context, name)
+             for j, name in enumerate(names)]
+    predictions, labels, *epochs = zip(*found)
+    judged = dict(choice=recipe.choice, of=recipe.epochs, epochs=[int(e.item()) for e in epochs[0]] if epochs else [])
+    return predictions[0] if len(found) == 1 else np.stack(predictions), labels[0], judged
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c037
 def evaluate_utility(
@@ -336,15 +560,12 @@ def evaluate_utility(
     heldout: Bool[Tensor, "n"],  # held-out part of train
     context: RunContext,  # settings: eval_action_epochs, eval_lr_action, bootstrap
     stage: str = "f_T'",  # name of the attacker
-) -> dict:  # of `score_actions`, and predictions
+) -> dict:  # of `score_actions`, judged, predictions
     "Top-1 of a fresh f_T' (section 4.3)."
-    s = context.settings
-    recipe = AttackerRecipe(F.cross_entropy, s.eval_action_epochs, s.eval_lr_action)
-    def predict():
-        net = fit_attacker(build(), train.x, train.action, heldout, recipe, context, stage)
-        return predict_logits(net, test.x, context).softmax(-1).mean(1).numpy(), test.action.numpy()
-    probabilities, labels = cached_predictions(stage, context.checkpointer, predict)
-    return score_actions(probabilities, labels, s.bootstrap) | dict(predictions=(probabilities, labels))
+    recipe = attacker_recipe(context.settings, "action")
+    probabilities, labels, judged = train_judges(build, train, test, heldout, recipe, context, stage)
+    scores = score_actions(probabilities, labels, context.settings.bootstrap, test.groups or None)
+    return scores | dict(judged=judged, predictions=(probabilities, labels))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c038
 def evaluate_privacy(
@@ -355,24 +576,23 @@ def evaluate_privacy(
     names: tuple[str, ...],  # of the attributes
     context: RunContext,  # settings: eval_privacy_epochs, eval_lr_privacy, bootstrap
     stage: str = "f_B'",  # name of the attacker
-) -> dict | None:  # of `score_attributes`, and predictions; None without labels
+) -> dict | None:  # of `score_attributes` and `score_given_action`, judged, predictions; None without labels
     "cMAP and F1 of a fresh f_B' (section 4.3), beside the base rate."
     unlabelled = any(bool(part.attributes.isnan().all()) for part in (train, test))
     if not names or unlabelled: return None
-    s = context.settings
-    recipe = AttackerRecipe(attribute_loss, s.eval_privacy_epochs, s.eval_lr_privacy)
-    def predict():
-        net = fit_attacker(build(), train.x, train.attributes, heldout, recipe, context, stage)
-        return predict_logits(net, test.x, context).mean(1).numpy(), test.attributes.numpy()
-    logits, labels = cached_predictions(stage, context.checkpointer, predict)
-    return score_attributes(logits, labels, names, s.bootstrap) | dict(predictions=(logits, labels))
+    repeats, recipe = context.settings.bootstrap, attacker_recipe(context.settings, "attributes")
+    logits, labels, judged = train_judges(build, train, test, heldout, recipe, context, stage)
+    scores = score_attributes(logits, labels, names, repeats, test.groups or None)
+    scores |= score_given_action(train, test, logits, names, repeats)
+    return scores | dict(judged=judged, predictions=(logits, labels))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c047
 def heldout_mask(
     collection: Collection,
     s: Settings,  # holdout, seed
 ) -> Bool[Tensor, "n"]:  # over the training records
-    "The training records on which epochs are chosen; clips of one group stay together."
+    "The training records on which epochs are chosen; clips of one group stay together. None under choice=last."
+    if s.eval_choice == "last": return torch.zeros(len(collection.train), dtype=torch.bool)
     names = {r.name for r in split_holdout(collection.train, s.holdout, s.seed)[1]}
     return torch.tensor([r.name in names for r in collection.train])
 
@@ -410,9 +630,9 @@ def evaluate_frames(
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #83ac42c9
 def named_predictions(
-    found: dict[str, tuple],  # part -> its result, or None, and the test records
+    found: dict[str, tuple],  # part -> result or None, test records
 ) -> dict[str, tuple]:  # part -> scores, labels, names of the records
-    "The predictions out of the results of each part that was measured."
+    "The predictions of each part that was measured."
     measured = {part: pair for part, pair in found.items() if pair[0]}
     return {part: (*result.pop("predictions"), [r.name for r in records])
             for part, (result, records) in measured.items()}
@@ -446,7 +666,7 @@ def evaluate(
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c044
 def prediction_arrays(
-    parts: dict[str, tuple],  # part ("" for only one) -> scores (n, k), labels (n,) or (n, k), names of n test records
+    parts: dict[str, tuple],  # part ("" for only one) -> scores (... n, k), labels (n,) or (n, k), names of n records
 ) -> dict[str, np.ndarray]:  # PART_scores in half precision, PART_labels, PART_names
     "Predictions as named arrays."
     arrays = {}
@@ -466,3 +686,26 @@ def save_predictions(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **prediction_arrays(parts))
     atomic_write(path, buffer.getvalue())
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #aea33f46
+@dataclass
+class Predictions:
+    "What one attacker, or several of a kind, predicted on a test set."
+    scores: np.ndarray  # (n, k) class probabilities or attribute logits; of several judges (j, n, k)
+    labels: np.ndarray  # (n,) classes, or (n, k) attributes with NaN for unknown
+    names: np.ndarray  # (n,) of the records, no two alike
+
+# %% ../../nbs/evaluate/2_attackers.ipynb #7df24bcc
+def load_predictions(
+    archive: str | Path,  # predictions.npz or tests/NAME.npz
+    part: str = "",  # prefix: "utility_", "images_", "frames_", or "" in tests/
+) -> Predictions | None:  # None when nothing was kept
+    "The predictions of one measurement."
+    if not Path(archive).is_file(): return None
+    with np.load(archive) as z:
+        part = next((p for p in (part, "test_") if f"{p}scores" in z), None)
+        if part is None: return None
+        scores, labels, names = (z[f"{part}{what}"] for what in ("scores", "labels", "names"))
+    if not scores.shape[-2] == len(labels) == len({*names}):
+        raise UserError(f"{archive}: scores, labels and names do not belong together; delete it and measure again")
+    return Predictions(scores.astype(np.float32), labels, names.astype(str))

@@ -35,6 +35,7 @@ from ..core.files import UserError, to_plain
 from ..core.settings import Settings
 from ..core.shared import STORE_VARIABLE, SharedFile, open_shared, reserve_file, store_folder
 from ..data.records import Collection, Record, content_hashes
+from ..data.sources import record_groups
 from ..nets.anonymizers import anonymize_clip, content_hash
 from ..train.batches import autocast, clip_data, frame_data
 from ..train.losses import rms
@@ -48,9 +49,11 @@ RMS_UNITS = ("std", "pixel", "motion")  # of the RMS change that results report
 class AnonymizedSet:
     "An anonymized collection, in memory or mapped from a file."
     x: Tensor  # uint8, (n, views, 3, t, h, w) for clips, (n, views, 3, h, w) for frames; or `FreshViews`
-    action: Tensor  # (n,) class indices, -1 where there is none
+    action: Tensor  # (n,) classes, -1 = none
     attributes: Tensor  # (n, k), NaN where unknown
     rms: dict  # unit -> mean over samples
+    groups: tuple = ()  # recordings
+    classes: tuple = ()  # action names
 
 # %% ../../nbs/evaluate/1_store.ipynb #81f36060
 def allocate_frames(
@@ -353,7 +356,8 @@ def clip_frames(
     if isinstance(clips.x, FreshViews): return replace(clips, x=clips.x.as_frames())
     repeats = clips.x.shape[1] if apart else 1
     action, attributes = (y.repeat_interleave(repeats, 0) for y in (clips.action, clips.attributes))
-    return AnonymizedSet(rearrange(clips.x, pattern), action, attributes, clips.rms)
+    groups = tuple(group for group in clips.groups for _ in range(repeats))
+    return AnonymizedSet(rearrange(clips.x, pattern), action, attributes, clips.rms, groups, clips.classes)
 
 # %% ../../nbs/evaluate/1_store.ipynb #468baa13
 def take_views(
@@ -392,12 +396,14 @@ def anonymize_part(
     context: RunContext,  # settings: sampling, seed, views
 ) -> AnonymizedSet:  # mapped, or fresh
     "One part of a data set, through f_A unless another process or attacker has done so."
+    records = c.train if train else c.test
+    about = (*record_labels(records), {}, tuple(record_groups((r.name for r in records), c.name)), c.classes)
     if train and context.settings.eval_fresh:
-        return AnonymizedSet(FreshViews(f_A.to(context.device), c, context), *record_labels(c.train), {})
+        return AnonymizedSet(FreshViews(f_A.to(context.device), c, context), *about)
     file = open_shared(part_key(f_A, c, train, context), lambda path: write_part(path, f_A, c, train, context))
     x = allocate_frames(file.about["shape"], lambda shape: map_file(file.path, shape))
     weakref.finalize(_MAPS[x.untyped_storage().data_ptr()], file.release)
-    return AnonymizedSet(x, *record_labels(c.train if train else c.test), file.about["rms"])
+    return replace(AnonymizedSet(x, *about), rms=file.about["rms"])
 
 # %% ../../nbs/evaluate/1_store.ipynb #a87a2e18
 def check_store_space(

@@ -8,10 +8,10 @@ __all__ = ['SAME_ROW_SETTINGS', 'ROW_NAME_SETTINGS', 'PAPER_SETTINGS', 'ROW_ORDE
            'TABLE_TEXTS', 'networks_label', 'distinguishing_settings', 'name_rows', 'row_order', 'loader_name',
            'load_measurements', 'match_measurements', 'extra_column_name', 'extra_measurements', 'table_columns',
            'column_measurements', 'collect_columns', 'format_cell', 'table_heading', 'name_lambda_rows',
-           'merge_with_paper', 'Predictions', 'load_predictions', 'match_records', 'PairedDifference',
-           'paired_difference', 'compare_predictions', 'compare_rows', 'paired_differences', 'precision_above_base',
-           'hypervolume', 'hypervolume_share', 'escape_latex', 'escape_markdown', 'to_markdown', 'to_latex',
-           'PaperTable', 'describe_test_data', 'make_table', 'export_table', 'publish_table']
+           'merge_with_paper', 'match_records', 'PairedDifference', 'paired_difference', 'score_resamples',
+           'compare_predictions', 'compare_rows', 'paired_differences', 'precision_above_base', 'hypervolume',
+           'hypervolume_share', 'escape_latex', 'escape_markdown', 'to_markdown', 'to_latex', 'PaperTable',
+           'describe_test_data', 'make_table', 'export_table', 'publish_table']
 
 # %% ../../nbs/results/2_tables.ipynb #c002
 import re
@@ -27,20 +27,24 @@ from jaxtyping import Float
 from ..core.files import UserError, atomic_write, read_json
 from ..core.run_folder import RunFolder
 from ..core.settings import Settings, evaluation_weights, left_out_weights, resolve, settings_dict
-from ..evaluate.intervals import accuracies, mean_precisions, percentile_interval, resample_counts
+from ..data.sources import record_groups
+from ..evaluate.attackers import Predictions, load_predictions, split_judges
+from ..evaluate.intervals import (
+    accuracies, combine_judges, detectable_difference, mean_precisions, percentile_interval, resample_counts)
 from .paper import PAPER_COLUMNS, misprinted_drops, paper_wide, table_footnotes
 from .report import (INTERVAL_NOTE, describe_conditions, load_results, missing_runs, open_runs,
-                                        save_figure, shown_label)
+                                        read_results, save_figure, shown_label)
 
 # %% ../../nbs/results/2_tables.ipynb #c008
 def _read_score(
     found: dict,   # one measurement, of results.json or of tests/*.json
     kind: str,     # "action" or "privacy"
-) -> dict:         # value, lo, hi, f1, floor (chance or base rate), n, attributes
+) -> dict:         # value, lo, hi, f1, floor (chance or base rate), prior (class prior), n, attributes
     "The numbers of one measurement under the same names for both kinds; NaN for what it lacks."
     value, floor = ("cmap", "base_rate") if kind == "privacy" else ("top1", "chance")
     low, high = found.get("ci") or (None, None)
-    numbers = dict(value=found[value], lo=low, hi=high, f1=found.get("f1"), floor=found.get(floor))
+    prior = (found.get("class_prior") or {}).get("cmap")
+    numbers = dict(value=found[value], lo=low, hi=high, f1=found.get("f1"), floor=found.get(floor), prior=prior)
     numbers = {name: np.nan if x is None else float(x) for name, x in numbers.items()}
     return numbers | dict(n=int(found["n"]), attributes=found.get("attributes") or {})
 
@@ -58,7 +62,7 @@ def _known_measurements(
     run: RunFolder,   # finished
 ) -> Iterator[dict]:
     "The measurements of results.json; there are none of attributes when the clips carry none."
-    found, s = run.results, run.settings
+    found, s = read_results(run.path), run.settings
     tests = [("utility", "action", found["utility"], s.action_data),
              ("images", "privacy", found["privacy"].get("images"), s.privacy_data),
              ("frames", "privacy", found["privacy"].get("frames"), s.action_data)]
@@ -422,6 +426,7 @@ def _our_column(
     "Our cells of a column; chance or the base rate stand in a row of their own."
     shown = len(found) and not column.endswith("F1")
     floor = f"{found.floor.mean():.1f}" if shown else "—"
+    if shown and found.prior.notna().any(): floor += f" (class prior {found.prior.mean():.1f})"
     return [floor if row.startswith("chance") else format_cell(found[found.row == row], column) for row in rows]
 
 # %% ../../nbs/results/2_tables.ipynb #bda5aff9
@@ -465,29 +470,6 @@ def merge_with_paper(
     merged["seeds"] = [_count_seeds(columns.values(), row) for row in rows]
     return merged
 
-# %% ../../nbs/results/2_tables.ipynb #c049
-@dataclass
-class Predictions:
-    "What one attacker predicted on a test set."
-    scores: np.ndarray   # (n, k) class probabilities or attribute logits
-    labels: np.ndarray   # (n,) classes, or (n, k) attributes with NaN for unknown
-    names: np.ndarray    # (n,) of the records, no two alike
-
-# %% ../../nbs/results/2_tables.ipynb #c050
-def load_predictions(
-    archive: str | Path,   # predictions.npz or tests/NAME.npz
-    part: str = "",        # prefix: "utility_", "images_", "frames_", or "" in tests/
-) -> Predictions | None:   # None when nothing was kept
-    "The predictions of one measurement."
-    if not Path(archive).is_file(): return None
-    with np.load(archive) as z:
-        part = next((p for p in (part, "test_") if f"{p}scores" in z), None)
-        if part is None: return None
-        scores, labels, names = (z[f"{part}{what}"] for what in ("scores", "labels", "names"))
-    if not len(scores) == len(labels) == len({*names}):
-        raise UserError(f"{archive}: scores, labels and names do not belong together; delete it and measure again")
-    return Predictions(scores.astype(np.float32), labels, names.astype(str))
-
 # %% ../../nbs/results/2_tables.ipynb #3080e6c5
 def _select_records(
     p: Predictions,
@@ -496,7 +478,7 @@ def _select_records(
     "Some of the predictions."
     place = {name: i for i, name in enumerate(p.names)}
     i = np.array([place[name] for name in names])
-    return Predictions(p.scores[i], p.labels[i], p.names[i])
+    return Predictions(p.scores[..., i, :], p.labels[i], p.names[i])
 
 # %% ../../nbs/results/2_tables.ipynb #c052
 def match_records(
@@ -530,6 +512,7 @@ class PairedDifference:
     hi: float
     n: int         # test records in common
     seeds: int     # pairs
+    detectable: float = np.nan   # the smallest true difference that 80 % of such test sets would show
 
     @property
     def significant(self) -> bool:
@@ -547,7 +530,8 @@ class PairedDifference:
         sign = 1 if self.value >= 0 else -1
         low, high = sorted(round(sign*v, 1) + 0. for v in (self.lo, self.hi))   # + 0.: no minus before zero
         verdict = "significant" if self.significant else "not significant"
-        return f"{change} [{low:.1f}, {high:.1f}]" + (f", {verdict}" if self.value else "")
+        visible = f" (detectable: {self.detectable:.1f})" if self.detectable > 0 else ""
+        return f"{change} [{low:.1f}, {high:.1f}]{visible}" + (f", {verdict}" if self.value else "")
 
 # %% ../../nbs/results/2_tables.ipynb #c064
 def paired_difference(
@@ -557,23 +541,34 @@ def paired_difference(
 ) -> PairedDifference:                  # ours minus theirs
     "The paired bootstrap: the mean over seeds of per-seed differences, in every resample."
     d = (np.asarray(ours) - np.asarray(theirs)).mean(0)
-    low, high = percentile_interval(d) if n > 1 else (np.nan, np.nan)
-    return PairedDifference(float(d[0]), low, high, n, len(ours))
+    low, high, detectable = (*percentile_interval(d), detectable_difference(d)) if n > 1 else [np.nan]*3
+    return PairedDifference(float(d[0]), low, high, n, len(ours), detectable)
 
 # %% ../../nbs/results/2_tables.ipynb #c065
+def score_resamples(
+    p: Predictions,
+    score: Callable,                    # e.g. accuracies
+    counts: Float[np.ndarray, "r n"],   # from `resample_counts`
+    seed: int = 0,                      # of the chance of its judges
+) -> Float[np.ndarray, "r"]:
+    "A score of every resample, the mean over judges."
+    return combine_judges(np.stack([score(z, p.labels, counts) for z in split_judges(p.scores)]), seed)
+
+# %% ../../nbs/results/2_tables.ipynb #47fb3db4
 def compare_predictions(
     ours: list[Predictions],              # one per seed
     theirs: list[Predictions],            # of the same seeds
     score: Callable = accuracies,         # or mean_precisions
     repeats: int = 1000,                  # bootstrap resamples
+    data: str = "",                       # loader or spec of the test set: how its recordings are named
 ) -> PairedDifference:                    # ours minus theirs
     "Compare two runs on the same test set, records matched by name."
     if len(ours) != len(theirs) or not ours:
         raise UserError(f"{len(ours)} and {len(theirs)} runs: a paired comparison needs the same seeds on both sides")
     matched = match_records([*ours, *theirs])
     n = len(matched[0].names)
-    counts = resample_counts(n, repeats)
-    scores = np.stack([score(p.scores, p.labels, counts) for p in matched])
+    counts = resample_counts(n, repeats, groups=record_groups(matched[0].names, data))
+    scores = np.stack([score_resamples(p, score, counts, seed) for seed, p in enumerate(matched)])
     return paired_difference(scores[:len(ours)], scores[len(ours):], n)
 
 # %% ../../nbs/results/2_tables.ipynb #c071
@@ -591,8 +586,9 @@ def _resample_scores(
     matched = match_records(list(kept.values()))
     score = accuracies if found.kind.iloc[0] == "action" else mean_precisions
     n = len(matched[0].names)
-    counts = resample_counts(n, repeats)
-    return {run: score(p.scores, p.labels, counts) for run, p in zip(kept, matched)}, n
+    counts = resample_counts(n, repeats, groups=record_groups(matched[0].names, found.data.iloc[0]))
+    pairs = enumerate(zip(kept, matched))
+    return {run: score_resamples(p, score, counts, seed) for seed, (run, p) in pairs}, n
 
 # %% ../../nbs/results/2_tables.ipynb #c072
 def compare_rows(
@@ -780,8 +776,8 @@ def _describe_comparison(
     "What the differences are, as a caption states it."
     if not notes.size: return f"Differences from {reference}: there is no such row here."
     if (notes == NO_PREDICTIONS).all(axis=None): return f"Differences from {reference}: {NO_PREDICTIONS}."
-    return (f"Differences from {reference}: paired bootstrap over test records, mean over the seeds both have; "
-            "no correction for their number.")
+    return (f"Differences from {reference}: paired bootstrap over test recordings, mean over the seeds both have; "
+            "no correction for their number. Detectable: the smallest true difference that 80 % of such tests show.")
 
 # %% ../../nbs/results/2_tables.ipynb #c091
 def make_table(
