@@ -199,7 +199,7 @@ def test_no_notebook_tells_where_a_machine_kept_its_files():
 
 
 def test_no_weights_no_data_and_no_person_in_the_tree():
-    kinds = (".safetensors", ".pt", ".pth", ".ckpt", ".avi", ".mp4", ".pkl", ".npz")
+    kinds = (".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".tflite", ".torch", ".avi", ".mp4", ".pkl", ".npz")
     scores = lambda f: f.name == "predictions.npz" or f.parent.name == "tests"      # what attackers said of test records
     bad = [f for f in repository_files() if f.suffix in kinds and f.name != "frames.npz"
            and not (f.parts[0] == "runs" and f.suffix == ".npz" and scores(f))]

@@ -1,5 +1,5 @@
 "The wheel, built from the source distribution, in two empty environments: for a camera (small, by pip) and for training (all of it)."
-import os, shutil, subprocess
+import os, shutil, subprocess, zipfile
 from importlib.metadata import distribution
 import pytest
 from packaging.requirements import Requirement
@@ -17,6 +17,14 @@ def dist(tmp_path_factory, module_tree):
     out = tmp_path_factory.mktemp("dist")
     python("-m", "build", "--outdir", out, module_tree)
     return out
+
+
+def test_no_weights_are_bundled(dist):
+    "Whatever their licence: weights lie in the user's cache. The list of the mini sets is names and digits."
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as z: sizes = {i.filename: i.file_size for i in z.infolist()}
+    kinds = (".safetensors", ".onnx", ".pth", ".pt", ".bin", ".npz", ".tflite", ".torch")
+    assert not [n for n, size in sizes.items() if n.endswith(kinds) or size > 2**20 and not n.endswith(".ipynb")]
+    assert "penaltyanon/data/mini.txt" in sizes
 
 
 def empty(folder, *install):

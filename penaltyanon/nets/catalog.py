@@ -458,4 +458,4 @@ def open_network(
     if name not in INPUTS:
         raise UsageError(f"{name}: what its input must look like was not tried here (only {', '.join(INPUTS)}); "
                          "open its file with nets.tfjs.load_graph, or with ONNX Runtime")
-    return PreparedNetwork(load_graph(weights_path(name)), **INPUTS[name])
+    return PreparedNetwork(load_graph(weights_path(name)), **INPUTS[name]).eval()
