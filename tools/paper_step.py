@@ -123,8 +123,8 @@ def project_run(measured: dict, data: str) -> dict:
         "identity": 2 * images * s.identity_epochs * unit["identity_image"],
         "Algorithm 1": s.epochs * (train // s.batch_clips) * measured["seconds_per_step"],
         "anonymizing": frames * unit["anonymize_frame"],
-        "f_T'": s.eval_action_epochs * train * unit["attack_clip"],
-        "f_B'": s.eval_privacy_epochs * (images + train) * unit["attack_image"]}
+        "f_T'": s.eval_seeds * s.eval_action_epochs * train * unit["attack_clip"],
+        "f_B'": s.eval_seeds * s.eval_privacy_epochs * (images + train) * unit["attack_image"]}
     return {stage: value / 3600 for stage, value in seconds.items()}
 
 

@@ -297,7 +297,7 @@ def fit_epoch(
     "What is left of an epoch, with a checkpoint now and then."
     set_mode([training.net], [])
     training.start_epoch()
-    begin_epoch(x, training.epoch, training.batches)
+    begin_epoch(x, training.recipe.seed * training.recipe.epochs + training.epoch, training.batches)  # crops of its own
     while training.batches:
         loss = attacker_step(training, x, y, context)
         check_finite({stage: loss}, training.epoch + 1)

@@ -226,11 +226,12 @@ def anonymized_frames(
     s: Settings,  # frames, size, views, epochs
     clips: tuple[int, int],  # videos to train on, to test on
     images: tuple[int, int],  # privacy images to train on, to test on
-) -> int:  # of one f_T' and two f_B', on images and on frames of the clips
+) -> int:  # of f_T' and two f_B', on images and on frames of the clips, as many of each as judge
     "How many frames pass through f_A in one evaluation."
     kept = sum(store_bytes(s, clips, images).values()) // (3 * s.size**2)
     if not s.eval_fresh: return kept
-    return kept + s.eval_action_epochs * clips[0] * s.frames + s.eval_privacy_epochs * (clips[0] + images[0])
+    of_one = s.eval_action_epochs * clips[0] * s.frames + s.eval_privacy_epochs * (clips[0] + images[0])
+    return kept + s.eval_seeds * of_one
 
 # %% ../../nbs/evaluate/1_store.ipynb #543fc875
 def is_described(

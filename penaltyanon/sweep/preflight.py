@@ -363,7 +363,8 @@ def _judging_seconds(
     "An evaluation: what passes through f_A, and what the attackers learn from."
     attacked = images[0] + (clips[0] if has_labels else 0)
     views = 1 if s.eval_fresh else s.eval_train_views       # of each training video in an epoch
-    seen, looked_at = s.eval_action_epochs * clips[0] * views, s.eval_privacy_epochs * attacked * views
+    seen = s.eval_seeds * s.eval_action_epochs * clips[0] * views
+    looked_at = s.eval_seeds * s.eval_privacy_epochs * attacked * views
     frames = data_bytes(s, clips, images) / (3 * s.size**2)
     read = s.eval_views * clips[1] + (seen if s.eval_fresh else clips[0] * views)
     if s.eval_fresh: frames += seen * s.frames + looked_at
