@@ -144,7 +144,42 @@ def test_matroska_that_starts_late_is_whole(tmp_path):
     assert abs(float(first.pts * first.info.time_base) - 3600) < 0.01
 
 
+@pytest.mark.parametrize("flags", ["frag_keyframe+empty_moov", "frag_keyframe+empty_moov+default_base_moof"])
+@pytest.mark.parametrize("part", [0.35, 0.5, 0.8])
+def test_a_film_in_fragments_that_was_cut(tmp_path, flags, part):
+    "Dashcams and screen recorders write so: a file that was cut declares what is left of it."
+    with av.open(str(tmp_path/"whole.mp4"), "w", options={"movflags": flags}) as video:
+        stream = video.add_stream("libx264", rate=25, width=48, height=32, pix_fmt="yuv420p", options={"g": "10", "bf": "0"})
+        for rgb in numbered(60): video.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        video.mux(stream.encode())
+    assert run(tmp_path/"whole.mp4", tmp_path/"whole.mkv")["status"] == "done"
+    data = (tmp_path/"whole.mp4").read_bytes()
+    (tmp_path/"cut.mp4").write_bytes(data[:int(len(data) * part)])
+    entry = run(tmp_path/"cut.mp4", tmp_path/"cut.mkv")
+    assert entry["status"] == "truncated" and "bytes are missing" in entry["notes"][0], entry
+
+
+def test_a_file_that_does_not_say_where_it_ends(tmp_path):
+    with av.open(str(tmp_path/"live.mkv"), "w", options={"live": "1"}) as video:
+        stream = video.add_stream("libx264", rate=25, width=48, height=32, pix_fmt="yuv420p", options={"bf": "0"})
+        for rgb in numbered(30): video.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        video.mux(stream.encode())
+    entry = run(tmp_path/"live.mkv", tmp_path/"out.mkv")
+    assert entry["status"] == "done" and any("does not say where it ends" in note for note in entry["notes"]), entry
+
+
 # sound
+
+@pytest.mark.parametrize("target", ["out.mkv", "out.mp4"])
+def test_sound_of_two_recordings_joined(tmp_path, target):
+    "The clock jumps back in the middle: the sound goes on, as the picture does."
+    one = talkie(tmp_path/"one.ts", frames=numbered(50))
+    (tmp_path/"joined.ts").write_bytes(one.read_bytes() * 2)
+    entry = run(tmp_path/"joined.ts", tmp_path/target, keep_audio=True)
+    times = sounds(tmp_path/target)
+    assert entry["status"] == "done" and entry["frames_out"] == 100, entry
+    assert len(times) >= 2 * len(sounds(one)) - 3 and abs(times[-1] - 3.95) < 0.2 and times == sorted(times)
+
 
 @pytest.mark.parametrize("target", ["out.mp4", "out.mkv"])
 def test_sound_stored_before_the_picture_is_kept(tmp_path, target):
@@ -200,6 +235,18 @@ def test_a_recording_that_begins_between_key_frames(tmp_path):
     entry = run(tmp_path/"mid.ts", tmp_path/"out.mp4")
     assert entry["status"] == "done" and shown(tmp_path/"out.mp4") == list(range(10, 30)), entry
     assert re.search(r"\d frames before the first that can be decoded were left out", " ".join(entry["notes"])), entry
+
+
+def test_a_damaged_first_key_frame_is_black_and_counted(tmp_path):
+    film(tmp_path/"in.mp4", numbered(40), options={"bf": "0", "g": "20", "sc_threshold": "0"})
+    with av.open(str(tmp_path/"in.mp4")) as video: first = next(p for p in video.demux(video=0) if p.size)
+    data = bytearray((tmp_path/"in.mp4").read_bytes())
+    data[first.pos + 5:first.pos + first.size] = bytes(first.size - 5)
+    (tmp_path/"hurt.mp4").write_bytes(data)
+    entry = run(tmp_path/"hurt.mp4", tmp_path/"out.mp4")
+    assert entry["frames_in"] == 40 and entry["frames_out"] == 40 and entry["blank"] >= 1, entry
+    assert not any("left out" in note for note in entry["notes"]), entry
+    assert run(tmp_path/"hurt.mp4", tmp_path/"fail.mp4", on_bad_frame="fail")["status"] == "failed"
 
 
 def test_best_quality_plays_everywhere(tmp_path):
@@ -285,6 +332,16 @@ def test_colours_with_a_profile_are_converted(tmp_path):
     assert "icc_profile" not in out.info and np.abs(np.asarray(out).astype(int) - (55, 175, 215)).max() <= 2
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_a_profile_does_not_uncover_what_is_transparent(tmp_path, mode):
+    pixels = np.full((20, 20, 4), (120, 120, 120, 255), np.uint8)
+    pixels[:, :10, 3] = 0
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path/"in.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    found = load_picture(tmp_path/"in.png")
+    assert found.alpha and np.unique(found.alpha[0][:, :9]).tolist() == [0] and np.unique(found.alpha[0][:, 11:]).tolist() == [255]
+
+
 def test_a_photograph_that_is_too_large_says_so(tmp_path):
     Image.new("L", (12000, 9000)).save(tmp_path/"large.png")
     entry = run(tmp_path/"large.png", tmp_path/"out.png")
@@ -333,6 +390,22 @@ def test_a_folder_lists_what_it_did_not_touch(tmp_path, call):
     assert code == 0 and "NOT touched" in out and [Path(p).name for p in report["untouched"]] == ["nosuffix", "notes.txt", "photo.heic"]
     code, out, err = call("in", "out2", "--strict")
     assert code == 1 and "not everything was anonymized" in err
+
+
+@pytest.mark.parametrize("line", ["in.mp4 out.mp4 --report in.mp4", "in.mp4 out.mp4 --preview ./out.mp4 --force", "in.mp4 out.mp4 --report r.json --preview r.json"])
+def test_report_and_preview_take_the_place_of_no_film(tmp_path, call, line):
+    before = film(tmp_path/"in.mp4").read_bytes()
+    code, out, err = call(*line.split())
+    assert code == 2 and "name another file" in err and (tmp_path/"in.mp4").read_bytes() == before and not (tmp_path/"out.mp4").exists()
+
+
+@pytest.mark.parametrize("pattern", ["./in/*.mp4", "in/**/*.mp4"])
+def test_what_a_pattern_finds_is_not_called_untouched(tmp_path, call, pattern):
+    (tmp_path/"in").mkdir()
+    film(tmp_path/"in"/"a.mp4")
+    for target in "in/out", "in/out", "out2":
+        code, out, err = call(pattern, target, "--strict", "--force")
+        assert code == 0 and "NOT touched" not in out, (target, out, err)
 
 
 def test_a_password_is_shown_nowhere(tmp_path, call):

@@ -156,9 +156,11 @@ def hide_secrets(
     text: str,
 ) -> str:
     "A text in which no address shows who may open it."
-    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
-    secret = r"([?&][^=&\s]*(?:pass|pwd|token|key|secret|auth|sig|user|login)[^=&\s]*=)[^&\s\"']+"
-    return re.sub(secret, r"\1***", text, flags=re.IGNORECASE)
+    value = r"=(?:(?!_[A-Za-z]+=)[^&;\s\"'])*"    # up to the next name; some cameras divide with an underscore
+    def hide(address):
+        whole = re.sub(r"://\S*@", "://***@", address[0])
+        return re.sub(value, "=***", whole)
+    return re.sub(r"\w+://\S+", hide, text)
 
 # %% ../../nbs/data/0_video.ipynb #c006
 @contextmanager
@@ -275,6 +277,33 @@ def _matroska_end(
     size, used = _element_size(head[start + 4:])
     return None if size is None else start + 4 + used + size
 
+# %% ../../nbs/data/0_video.ipynb #5c73bea4
+def _boxes_end(
+    path: str | Path,  # an MP4 or MOV file
+) -> int | None:  # bytes; None = it does not say
+    "Where the last box of the file ends."
+    size, at = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1: length = int.from_bytes(head[8:16], "big")
+            if length == 0: return size     # to the end of the file
+            if length < 8: return None
+            at += length
+    return at
+
+# %% ../../nbs/data/0_video.ipynb #d99f4789
+def _missing_bytes(
+    container: InputContainer,
+) -> int | None:  # None = nothing says how many there should be
+    "How many bytes of a file are missing, by its own account."
+    path, kind = container.name, container.format.name
+    if not os.path.isfile(path): return None
+    end = _matroska_end(path) if "matroska" in kind else _boxes_end(path) if "mp4" in kind else None
+    return None if end is None else max(0, end - os.path.getsize(path))
+
 # %% ../../nbs/data/0_video.ipynb #f8e2625c
 def _own_end(
     container: InputContainer,
@@ -311,13 +340,15 @@ class TimeLine:
         tolerance: float = 0.02,  # part of the declared duration that may be missing, and always 1.5 frames
     ) -> str:  # "" where nothing is missing
         "Say so when a video ends before its declared end."
+        missing = _missing_bytes(self.container)
+        if missing: return f"truncated, ends at {self.end:.2f} s, {missing} bytes are missing"
         if self.own_end: return self._compare(self.end, self.own_end, tolerance)
-        name = self.container.name
-        ends_at = _matroska_end(name) if "matroska" in self.container.format.name and os.path.isfile(name) else None
-        if ends_at is not None:
-            missing = ends_at - os.path.getsize(name)
-            return f"truncated, ends at {self.end:.2f} s, {missing} bytes are missing" if missing > 0 else ""
+        if missing == 0 and "matroska" in self.container.format.name: return ""
         return self._compare(self.end_of_all, (self.container.duration or 0) / av.time_base, tolerance)
+
+    def is_silent(self) -> bool:
+        "Does nothing in the file say where it ends?"
+        return not self.own_end and not self.container.duration and _missing_bytes(self.container) is None
 
     def _compare(self, end: float, declared: float, tolerance: float) -> str:
         slack = max(tolerance * declared, 1.5 * _frame_duration(self.stream))

@@ -318,7 +318,7 @@ def check_writable(
 ) -> None:
     "Refuse a target whose folder, or the nearest one that exists, cannot be written to."
     folder = target.absolute().parent
-    while not folder.exists(): folder = folder.parent
+    while not folder.exists() and folder != folder.parent: folder = folder.parent
     if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK): return
     raise UserError(f"{folder}: cannot be written to; name an output in another folder")
 
@@ -333,8 +333,9 @@ def list_untouched(
     if is_live(text) or os.path.isfile(text) or not (os.path.isdir(text) or _is_pattern(text)): return []
     about = {str(job.source) for job in jobs}
     if os.path.isdir(text): found = [path for path, _ in list_files(text, lambda suffix: True, report_path.parent)]
-    else: found = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
-    return sorted({str(path) for path in found} - about)
+    else: found = [Path(path) for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
+    out = report_path.parent.resolve()
+    return sorted({str(path) for path in found if not path.resolve().is_relative_to(out)} - about)
 
 # %% ../../nbs/edge/6_command.ipynb #c025
 def plan_jobs(
@@ -496,6 +497,18 @@ def _describe_model(
     label = model.label() if model.label else model.name
     return {"name": model.name, "label": label, "sha256": model.sha256 or None, "card": model.card}
 
+# %% ../../nbs/edge/6_command.ipynb #0fc0c9df
+def _check_extras(
+    jobs: list[FileJob],
+    extras: list,  # report and preview, where they were named
+) -> None:
+    "A report or a preview must not take the place of a film."
+    films = [path for job in jobs for path in (job.source, job.target) if path]
+    for i, extra in enumerate(extras):
+        taken = [path for path in (*films, *extras[:i])
+                 if same_file(path, extra) or os.path.abspath(path) == os.path.abspath(extra)]
+        if taken: raise UsageError(f"{extra}: is an input or an output already; name another file")
+
 # %% ../../nbs/edge/6_command.ipynb #c036
 def anonymize(
     source,  # video, image, folder, pattern or camera
@@ -508,6 +521,7 @@ def anonymize(
 ) -> dict:  # the report
     "Anonymize everything that `source` stands for."
     began, (jobs, report_path) = time.perf_counter(), plan_jobs(source, output)
+    _check_extras(jobs, [path for path in (report_to, preview_to) if path])
     for path in [job.target for job in jobs if job.target] + [Path(report_to or report_path)]: check_writable(path)
     untouched = list_untouched(source, jobs, report_path)
     if not isinstance(model, FrameAnonymizer): model = open_frame_anonymizer(model, device)

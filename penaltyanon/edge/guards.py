@@ -130,7 +130,7 @@ def _refuse_unchanged(
     frame: RGB,   # of this
 ) -> np.ndarray | ValueError:
     "What comes back as it went is an error, unless there is nothing in it: one colour all over."
-    if np.ptp(frame, axis=(0, 1)).max() <= 32 or not np.array_equal(output, frame): return output
+    if np.ptp(frame, axis=(0, 1)).max() <= 8 or not np.array_equal(output, frame): return output
     return ValueError(f"{name} gave the frame back unchanged")
 
 # %% ../../nbs/edge/2_guards.ipynb #2f10ea8e

@@ -32,9 +32,13 @@ def convert_to_srgb(
 ) -> Image.Image:
     "The same colours in sRGB, where a profile says what they are."
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "L", "CMYK"): return image
-    try: return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if not profile: return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    opaque = image if alpha is None and image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+    try: out = ImageCms.profileToProfile(opaque, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     except ImageCms.PyCMSError: return image    # a profile that nobody can read
+    if alpha is not None: out.putalpha(alpha)
+    return out
 
 # %% ../../nbs/edge/1_images.ipynb #146e7c17
 def _eight_bits(
@@ -118,6 +122,8 @@ def save_picture(
         count = len(picture.frames)
         raise UsageError(f"{count} pictures do not fit into {suffix}; name an output .webp, .png or .tiff")
     frames = picture.frames
+    if kind != "TIFF" and len({frame.shape for frame in frames}) > 1:
+        raise UsageError(f"pictures of different sizes do not fit into {suffix}; name an output .tiff")
     if picture.alpha and kind in _ANIMATED:
         frames = [np.dstack(pair) for pair in zip(picture.frames, picture.alpha)]
     first, *others = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]

@@ -53,6 +53,18 @@ def blur_matrix(
         np.add.at(matrix, (rows, (rows + offset).clip(0, n - 1)), weight)
     return matrix.astype(np.float32)
 
+# %% ../../nbs/edge/4_operations.ipynb #bc6e3018
+def _blur_rows(
+    x: Float[np.ndarray, "n m"],  # float32
+    radius: int,   # pixels
+    sigma: float,  # pixels, > 0
+) -> Float[np.ndarray, "n m"]:
+    "Blur along the first axis."
+    if len(x) <= 2048: return blur_matrix(len(x), radius, sigma) @ x
+    weights = np.exp(-np.arange(-radius, radius + 1) ** 2 / (2 * sigma ** 2)).astype(np.float32)
+    padded = np.pad(x, ((radius, radius), (0, 0)), mode="edge")
+    return sum(w * padded[k:k + len(x)] for k, w in enumerate(weights / weights.sum()))
+
 # %% ../../nbs/edge/4_operations.ipynb #6c286e24
 def _blur_small(
     rgb: RGB,
@@ -61,8 +73,8 @@ def _blur_small(
 ) -> RGB:
     "Blur along both axes."
     height, width = rgb.shape[:2]
-    down = blur_matrix(height, radius, sigma) @ rearrange(rgb, "h w c -> h (w c)").astype(np.float32)
-    across = blur_matrix(width, radius, sigma) @ rearrange(down, "h (w c) -> w (h c)", c=3)
+    down = _blur_rows(rearrange(rgb, "h w c -> h (w c)").astype(np.float32), radius, sigma)
+    across = _blur_rows(rearrange(down, "h (w c) -> w (h c)", c=3), radius, sigma)
     return rearrange((across + 0.5).astype(np.uint8), "w (h c) -> h w c", c=3)
 
 # %% ../../nbs/edge/4_operations.ipynb #1dfa89a3

@@ -58,16 +58,16 @@ class FrameOrder:
         self.due = []                       # heap of the timestamps that packets promised
         self.last, self.step = None, 1      # timestamp of the last frame; ticks to the next
         self.damaged, self.errors = False, 0  # an error, and no key frame since; errors in all
-        self.begun = False                  # has a packet come?
+        self.first = None                   # timestamp of the first packet; is it a key frame?
 
     def add_packet(self, packet):
         "Take a packet's promise of a frame."
         if not packet.size or packet.is_discard: return
-        self.damaged |= not self.begun and not packet.is_keyframe
-        self.begun, self.step = True, packet.duration or self.step
+        self.step = packet.duration or self.step
         stamps = [stamp for stamp in (packet.pts, packet.dts) if stamp is not None]
         if not stamps: stamps = [max(self.due, default=(self.last or 0) - self.step) + self.step]
         heapq.heappush(self.due, stamps[0])
+        if self.first is None: self.first = (stamps[0], packet.is_keyframe)
 
     def record_error(self):
         "The decoder could not decode a packet."
@@ -78,10 +78,14 @@ class FrameOrder:
         "Say when a frame that came out of the decoder is shown."
         while self.due and self.last is not None and self.due[0] <= self.last: heapq.heappop(self.due)
         shown = _time_of_frame(self, frame)
-        missing = self.take_missing(shown) if self.damaged else []
+        missing = self.take_missing(shown) if self.damaged or self.last is None else []
         if frame.key_frame: self.damaged = False
         self.last = shown
         return missing, shown
+
+    def begins_damaged(self, missing: list[int]) -> bool:
+        "Is the key frame lost with which the recording begins? Else it begins between key frames, or in an open group."
+        return self.first is not None and self.first[1] and self.first[0] in missing
 
     def take_missing(self, until: float = float("inf")) -> list[int]:  # timestamps
         "Take the broken promises before a timestamp, each once."
@@ -106,7 +110,7 @@ def is_live(
 ) -> bool:
     "Does this source have no end of its own: a camera, an address, a pipe?"
     text = str(source)
-    if "://" in text: return True
+    if "://" in text and not os.path.isfile(text): return True
     return os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text)
 
 # %% ../../nbs/edge/0_streams.ipynb #c022
@@ -216,6 +220,7 @@ def _read_sound_info(
     "How a stream of sound gets into a container."
     if audio.codec_context is None: raise UserError("the sound is of an unknown kind; leave --keep-audio out")
     try:
+        if audio.codec_context.name == "vorbis": raise ValueError("its header holds title and place")
         _copy_sound_stream(audio, suffix, begin=True)
         template = _copy_sound_stream(audio, suffix)
     except (ValueError, av.error.FFmpegError): template = None
@@ -261,8 +266,9 @@ class _VideoDecoder:
             missing, shown = self.order.place_frame(frame)
             if not self.info:
                 info = read_stream_info(self.container, self.stream, frame)
-                self.info = replace(info, origin=shown if self.from_zero else 0, audio=self.sound)
-                missing = self.leave_out(missing)
+                if not self.order.begins_damaged(missing): missing = self.leave_out(missing)
+                first = [*missing, shown][0]
+                self.info = replace(info, origin=first if self.from_zero else 0, audio=self.sound)
             self.remarks[_describe_frame(frame, self.info)] = True
             yield from self.missing_frames(missing)
             yield _shown_frame(frame, shown, self.info, self.height, self.scaler)
@@ -326,6 +332,7 @@ def decode_frames(
         if notes or live or stop(): return
         truncation = line.describe_truncation()
         if truncation: notes.append(truncation)
+        if line.is_silent(): remarks.append("the file does not say where it ends: a missing end cannot be seen")
 
 # %% ../../nbs/edge/0_streams.ipynb #c036
 CODECS = {    # short names; others as FFmpeg's encoders are called
@@ -510,12 +517,19 @@ class _SoundCopy:
     def take(self, packet) -> list:  # packets of the output
         "Move a packet, unless it comes before the picture or bears the time of the one before."
         if packet.dts is None: return []
-        shift = round(self.origin / packet.time_base)
+        shift = self.find_shift(packet)
         packet.dts -= shift
         packet.pts = packet.dts if packet.pts is None else packet.pts - shift
         if packet.dts < 0 < shift or (self.last is not None and packet.dts <= self.last): return []
         self.last, packet.stream = packet.dts, self.stream
         return [packet]
+
+    def find_shift(self, packet) -> int:  # ticks
+        "What to take off a time. A clock that jumps back by a second (two recordings joined) goes on from there."
+        at = packet.dts - round(self.origin / packet.time_base)
+        if self.last is not None and at < self.last - 1 / packet.time_base:
+            self.origin -= (self.last + (packet.duration or 1) - at) * packet.time_base
+        return round(self.origin / packet.time_base)
 
     def finish(self) -> list: return []
 
