@@ -83,9 +83,9 @@ class FrameOrder:
         self.last = shown
         return missing, shown
 
-    def begins_damaged(self, missing: list[int]) -> bool:
-        "Is the key frame lost with which the recording begins? Else it begins between key frames, or in an open group."
-        return self.first is not None and self.first[1] and self.first[0] in missing
+    def begins_damaged(self, missing: list[int], streamed: bool) -> bool:
+        "Is the first frame lost by damage? A transport stream may begin between key frames, a file begins with one."
+        return self.first is not None and self.first[0] in missing and (self.first[1] or not streamed)
 
     def take_missing(self, until: float = float("inf")) -> list[int]:  # timestamps
         "Take the broken promises before a timestamp, each once."
@@ -266,7 +266,8 @@ class _VideoDecoder:
             missing, shown = self.order.place_frame(frame)
             if not self.info:
                 info = read_stream_info(self.container, self.stream, frame)
-                if not self.order.begins_damaged(missing): missing = self.leave_out(missing)
+                damaged = self.order.begins_damaged(missing, self.from_zero)
+                if not damaged: missing = self.leave_out(missing)
                 first = [*missing, shown][0]
                 self.info = replace(info, origin=first if self.from_zero else 0, audio=self.sound)
             self.remarks[_describe_frame(frame, self.info)] = True
