@@ -1,5 +1,5 @@
 "Anonymized data: once for everybody, little memory, room that is reserved, nothing left behind."
-import errno, json, multiprocessing, os, signal, subprocess, sys, time
+import errno, gc, json, multiprocessing, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -15,6 +15,7 @@ from penaltyanon.evaluate.attackers import evaluate
 from penaltyanon.evaluate.attacks import AnonymizedCache, run_attack
 from penaltyanon.evaluate.protocols import RAW, action_attack, protocol_data
 from penaltyanon.nets.anonymizers import Identity, UNetPP
+from penaltyanon.nets.obfuscation import Obfuscation
 
 FORK = multiprocessing.get_context("fork")
 
@@ -72,15 +73,68 @@ def test_a_killed_user_and_a_killed_writer_leave_nothing_to_the_next(folder):
     def use(key):
         shared.open_shared(key, hang)
         time.sleep(60)
+    users = []
     for key in ("whole", "half"):
         p = FORK.Process(target=use, args=(key,))
         p.start()
         while not (folder/f"{key}.{'bin' if key == 'half' else 'json'}").exists(): time.sleep(.02)
+        users.append(p)
+    for p in users:
         os.kill(p.pid, signal.SIGKILL)
         p.join()
     assert (folder/"half.bin").exists() and (folder/"whole.bin").exists(), "nobody was left to remove them"
     shared.open_shared("other", hang).release()
     assert files(folder) == []
+
+
+def test_a_map_collected_in_an_exclusive_block_does_not_lock_its_process(folder):
+    "Python's collector frees a cycle at any time: the callback must not wait for the mutex that its own process has."
+    def job():
+        file = shared.open_shared("key", lambda path: {})
+        cycle = type("Cycle", (), {})()
+        cycle.itself = cycle
+        weakref.finalize(cycle, file.release)
+        del cycle
+        with shared._exclusive(folder): gc.collect()
+    p = FORK.Process(target=job)
+    p.start(); p.join(20)
+    stuck = p.is_alive()
+    if stuck: p.kill(); p.join()
+    assert not stuck and p.exitcode == 0 and files(folder) == []
+
+
+def test_a_hold_that_ends_while_others_look_is_no_error(folder, monkeypatch):
+    with shared.hold_store():
+        monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError(self)))
+        assert shared._held_keys(folder) == set()
+
+
+def test_jobs_that_come_and_go_do_not_disturb_each_other(folder):
+    def job():
+        until = time.time() + 2
+        while time.time() < until:
+            with shared.hold_store(): shared.open_shared("key", lambda path: {}).release()
+    jobs = [FORK.Process(target=job) for _ in range(4)]
+    for j in jobs: j.start()
+    for j in jobs: j.join(60)
+    assert [j.exitcode for j in jobs] == [0] * 4 and files(folder) == []
+
+
+def test_what_a_killed_job_left_is_gone_before_the_next_one_writes(folder):
+    folder.mkdir(0o700)
+    for suffix in (".bin", ".json", ".lock"): (folder/f"dead{suffix}").touch()
+    seen = []
+    shared.open_shared("key", lambda path: {"left": seen.extend(folder.glob("dead.*"))}).release()
+    assert seen == []
+
+
+def test_what_is_not_described_shares_no_hash_even_where_python_reuses_its_number():
+    "Two operations of a user's own, one name; and objects that live one after the other, at one address."
+    class Own(torch.nn.Module):
+        pass
+    assert len({store.anonymizer_hash(Own()) for _ in range(50)}) == 50
+    own = [Obfuscation("mine", operation=operation) for operation in (torch.neg, torch.square)]
+    assert store.anonymizer_hash(own[0]) == store.anonymizer_hash(own[0]) != store.anonymizer_hash(own[1])
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder, monkeypatch):

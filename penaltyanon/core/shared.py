@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -63,14 +64,20 @@ def _open_locked(
         os.close(fd)
 
 # %% ../../nbs/core/5_shared.ipynb #eb8b90f2
+_OWN = threading.local()     # is_exclusive: this thread is in a block of `_exclusive`; is_late: with something to prune
+
 @contextmanager
 def _exclusive(
     folder: Path,
 ):
     "Be the only process that removes files, or changes from writing to using one."
-    fd = _open_locked(folder/"store.mutex", fcntl.LOCK_EX)
-    try: yield
-    finally: os.close(fd)
+    _OWN.is_exclusive, _OWN.is_late = True, False
+    try:
+        fd = _open_locked(folder/"store.mutex", fcntl.LOCK_EX)
+        try: yield
+        finally: os.close(fd)
+    finally: _OWN.is_exclusive = False
+    if _OWN.is_late: prune_store()
 
 # %% ../../nbs/core/5_shared.ipynb #ef475866
 def _explain_full_disk(
@@ -99,6 +106,14 @@ def reserve_file(
     finally: os.close(fd)
     return path
 
+# %% ../../nbs/core/5_shared.ipynb #c6dca39f
+def _read_keys(
+    hold: Path,
+) -> set[str]:
+    "What a hold lists; nothing where its job has ended meanwhile."
+    try: return set(hold.read_text().split())
+    except FileNotFoundError: return set()
+
 # %% ../../nbs/core/5_shared.ipynb #4917f059
 def _held_keys(
     folder: Path,
@@ -107,9 +122,9 @@ def _held_keys(
     held = set()
     for hold in folder.glob("*.hold"):
         try: fd = _open_locked(hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError: held |= set(hold.read_text().split())
+        except BlockingIOError: held |= _read_keys(hold)
         else:
-            hold.unlink()
+            hold.unlink(missing_ok=True)
             os.close(fd)
     return held
 
@@ -141,7 +156,7 @@ def hold_store():  # environment variables for the processes of the job
     fd = _open_locked(path, fcntl.LOCK_EX)
     try: yield {HOLD_VARIABLE: str(path)}
     finally:
-        path.unlink(missing_ok=True)
+        with _exclusive(path.parent): path.unlink(missing_ok=True)
         os.close(fd)
         prune_store()
 
@@ -168,7 +183,8 @@ class SharedFile:
         if os.getpid() != self.owner or self.lock < 0: return
         os.close(self.lock)
         self.lock = -1
-        prune_store()
+        if getattr(_OWN, "is_exclusive", False): _OWN.is_late = True
+        else: prune_store()
 
 # %% ../../nbs/core/5_shared.ipynb #bf78eb96
 def _write_shared(
@@ -193,7 +209,9 @@ def _lock_to_use(
     os.close(fd)
     fd = _open_locked(lock, fcntl.LOCK_EX)
     try:
-        if not about.exists(): _write_shared(path, write)
+        if not about.exists():
+            prune_store()                              # room, where a killed process left something
+            _write_shared(path, write)
         with _exclusive(path.parent): fcntl.flock(fd, fcntl.LOCK_SH)
     except BaseException:
         os.close(fd)

@@ -13,8 +13,8 @@ __all__ = ['RMS_UNITS', 'RESIDENT', 'PIXELS', 'AnonymizedSet', 'allocate_frames'
 import hashlib
 import json
 import mmap
-import os
 import shutil
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,10 +33,11 @@ from .. import __version__
 from ..core.checkpoints import RunContext
 from ..core.files import UserError, to_plain
 from ..core.settings import Settings
-from ..core.shared import STORE_VARIABLE, SharedFile, open_shared, reserve_file, store_folder
+from ..core.shared import STORE_VARIABLE, open_shared, prune_store, reserve_file, store_folder
 from ..data.records import Collection, Record, content_hashes
 from ..data.sources import record_groups
 from ..nets.anonymizers import anonymize_clip, content_hash
+from ..nets.obfuscation import OPERATIONS
 from ..train.batches import autocast, clip_data, frame_data
 from ..train.losses import rms
 from ..train.minimax import set_mode
@@ -212,11 +213,12 @@ def part_bytes(
 def store_bytes(
     s: Settings,  # frames, size, views
     clips: tuple[int, int],  # videos to train on, to test on
-    images: tuple[int, int],  # privacy images to train on, to test on
+    images: tuple[int, int],  # privacy data to train on, to test on; (0, 0) where they are the clips
+    kind: str = "frames",  # of the privacy data: frames | clips
 ) -> dict[str, int]:  # part -> bytes on disk while an anonymizer is judged
     "What one evaluation keeps on disk, by arithmetic."
     sizes = {}
-    for name, kind, counts in (("clips", "clips", clips), ("images", "frames", images)):
+    for name, kind, counts in (("clips", "clips", clips), ("images", kind, images)):
         for part, n in zip(("train", "test"), counts):
             sizes[f"{name} {part}"] = part_bytes(s, kind, part == "train", n)
     return sizes
@@ -240,15 +242,18 @@ def is_described(
     "Do its class, its arguments and its weights say all about it, in every process?"
     config = getattr(f_A, "config", None)
     if config is None or type(f_A).__module__ == "__main__": return False
+    if hasattr(f_A, "operation") and f_A.operation is not OPERATIONS.get(f_A.name): return False
     return config.get("regions", "full-frame") in ("full-frame", "people")
 
 # %% ../../nbs/evaluate/1_store.ipynb #31a94349
+_TOKENS = weakref.WeakKeyDictionary()  # anonymizer -> what no other has, where nothing else tells it from others
+
 def anonymizer_hash(
     f_A: nn.Module,
 ) -> str:  # 64 hexadecimal digits
     "What tells an anonymizer from others: class, arguments, weights; where that is not all, the object itself."
     made = dict(kind=f"{type(f_A).__module__}.{type(f_A).__qualname__}", config=to_plain(getattr(f_A, "config", {})))
-    if not is_described(f_A): made["object"] = [os.getpid(), id(f_A)]
+    if not is_described(f_A): made["object"] = _TOKENS.setdefault(f_A, uuid.uuid4().hex)
     return content_hash(made, {name: value.detach().cpu() for name, value in f_A.state_dict().items()})
 
 # %% ../../nbs/evaluate/1_store.ipynb #0d76e59c
@@ -263,7 +268,7 @@ def part_key(
     files = content_hashes(c.root, [str(r.path.absolute()) for r in records])
     made = dict(
         version=__version__, anonymizer=anonymizer_hash(f_A), device=context.device.type,
-        sampling=[s.frames, s.skip, s.size, s.crop, s.precision, views_of(s, c.kind, train)],
+        sampling=[c.kind, s.frames, s.skip, s.size, s.crop, s.precision, views_of(s, c.kind, train)],
         seed=s.seed if train else None,
         files=[[files[str(r.path.absolute())], r.frames] for r in records])
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
@@ -413,10 +418,12 @@ def check_store_space(
     context: RunContext,
 ):
     "One line before any work where the disk is too small for anonymized data."
-    s, folder, needed = context.settings, store_folder(), 0
+    prune_store()                                      # what a killed evaluation left takes no room
+    s, folder, sizes = context.settings, store_folder(), {}
     for c, train in parts:
-        there = (folder/f"{part_key(f_A, c, train, context)}.json").exists()
-        if not there: needed += part_bytes(s, c.kind, train, len(c.train if train else c.test))
+        name = f"{part_key(f_A, c, train, context)}.json"
+        if not (folder/name).exists(): sizes[name] = part_bytes(s, c.kind, train, len(c.train if train else c.test))
+    needed = sum(sizes.values())                       # what two collections share is there once
     folder = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
