@@ -66,6 +66,7 @@ def _open_locked(
 # %% ../../nbs/core/5_shared.ipynb #eb8b90f2
 _OWN = threading.local()     # is_exclusive: this thread is in a block of `_exclusive`; is_late: with something to prune
 
+# %% ../../nbs/core/5_shared.ipynb #f99a7b4f
 @contextmanager
 def _exclusive(
     folder: Path,

@@ -9,8 +9,8 @@ __all__ = ['top1', 'attribute_scores', 'privacy_scores', 'mean_score', 'augment_
            'heldout_row', 'end_epoch', 'fit_attacker', 'split_judges', 'describe_resampling', 'score_actions',
            'mean_attribute_scores', 'score_attributes', 'score_within_class', 'score_given_action', 'attacker_builder',
            'cached_predictions', 'judge_context', 'train_judge', 'train_judges', 'evaluate_utility', 'evaluate_privacy',
-           'heldout_mask', 'anonymize_splits', 'stage_context', 'evaluate_frames', 'named_predictions', 'evaluate',
-           'prediction_arrays', 'save_predictions', 'Predictions', 'load_predictions']
+           'heldout_mask', 'anonymize_splits', 'take_frames', 'stage_context', 'evaluate_frames', 'named_predictions',
+           'evaluate', 'prediction_arrays', 'save_predictions', 'Predictions', 'load_predictions']
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #c002
 import io
@@ -605,6 +605,15 @@ def anonymize_splits(
     "Train and test split of a collection, anonymized."
     return anonymize_part(f_A, collection, True, context), anonymize_part(f_A, collection, False, context)
 
+# %% ../../nbs/evaluate/2_attackers.ipynb #e80c90ae
+def take_frames(
+    train: AnonymizedSet,  # clips
+    test: AnonymizedSet,  # clips
+    heldout: Bool[Tensor, "n"],  # held-out part of train
+) -> tuple[AnonymizedSet, AnonymizedSet, Bool[Tensor, "n_v"]]:  # frames as views; the mask of the samples
+    "The frames of both splits; in training each view of a clip is a sample."
+    return clip_frames(train, apart=True), clip_frames(test), heldout.repeat_interleave(train.x.shape[1])
+
 # %% ../../nbs/evaluate/2_attackers.ipynb #e1d70ec5
 def stage_context(
     context: RunContext,
@@ -641,21 +650,22 @@ def named_predictions(
 def evaluate(
     f_A: nn.Module,  # frozen anonymizer
     actions: Collection,  # action clips
-    images: Collection,  # privacy images
+    images: Collection,  # privacy images, or videos
     context: RunContext,  # logs one row per epoch of each attacker
 ) -> tuple[dict, dict]:  # utility, privacy on images and on frames of the clips, rms, minutes; predictions by part
     "Utility and privacy of a frozen anonymizer, by fresh attackers."
     began, s, f_A = time.time(), context.settings, f_A.to(context.device)
     check_store_space(f_A, [(c, train) for c in (actions, images) for train in (True, False)], context)
     train, test = anonymize_splits(f_A, actions, context)
+    heldout = heldout_mask(actions, s)
+    frames, test_frames, heldout_frames = take_frames(train, test, heldout)
     train_images, test_images = anonymize_splits(f_A, images, context)
-    heldout, heldout_images = heldout_mask(actions, s), heldout_mask(images, s)
-    frames, test_frames = clip_frames(train, apart=True), clip_frames(test)
-    heldout_frames = heldout.repeat_interleave(train.x.shape[1])
+    photos = train_images, test_images, heldout_mask(images, s)
+    if images.kind == "clips": photos = take_frames(*photos)
 
     f_T = attacker_builder(s, "clips", len(actions.classes))
     utility = evaluate_utility(f_T, train, test, heldout, stage_context(context, "eval-action"))
-    on_images = evaluate_frames(train_images, test_images, heldout_images, images.attribute_names, context, "images")
+    on_images = evaluate_frames(*photos, images.attribute_names, context, "images")
     on_frames = evaluate_frames(frames, test_frames, heldout_frames, actions.attribute_names, context, "frames")
 
     parts = dict(utility=(utility, actions.test), images=(on_images, images.test), frames=(on_frames, actions.test))

@@ -248,6 +248,7 @@ def is_described(
 # %% ../../nbs/evaluate/1_store.ipynb #31a94349
 _TOKENS = weakref.WeakKeyDictionary()  # anonymizer -> what no other has, where nothing else tells it from others
 
+# %% ../../nbs/evaluate/1_store.ipynb #ec820fe6
 def anonymizer_hash(
     f_A: nn.Module,
 ) -> str:  # 64 hexadecimal digits
