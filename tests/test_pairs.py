@@ -59,6 +59,34 @@ def test_data_without_a_second_frame_are_refused_in_one_line(tmp_path):
     check_pairs(replace(s, pairs="views"), load_collections(replace(s, pairs="views"))[1])
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_videos_as_privacy_data_go_the_whole_way(tmp_path, monkeypatch, fresh):
+    "What is said of such data is true: looked at before, trained on in pairs of frames, judged by their frames."
+    from penaltyanon.core.checkpoints import RunContext
+    from penaltyanon.data.puppets import write_puppets
+    from penaltyanon.evaluate.attackers import evaluate
+    from penaltyanon.evaluate.store import part_bytes
+    from penaltyanon.sweep import jobs, preflight
+    from penaltyanon.train.trainer import make_run_networks, training_batches
+    from penaltyanon.train.minimax import minimax
+    from penaltyanon.train.methods import METHODS
+    write_puppets(tmp_path/"p", train=16, test=8, images=(4, 2), size=32, frames=8, progress=False)
+    spec = f"puppets:{tmp_path}/p"
+    s = resolve("smoke", pairs="frames", action_data=spec, privacy_data=spec, steps=2, eval_fresh=fresh, eval_action_epochs=1, eval_privacy_epochs=1, device="cpu", bootstrap=20)
+    plan = preflight.look_ahead([jobs.Job(s, tmp_path/"runs")], jobs.LocalResources(gpus=()))
+    preflight.raise_missing(plan.needs)
+    kept = sum(part_bytes(s, "clips", train, n) for train, n in ((True, 16), (False, 8)))
+    assert next(n for n in plan.needs if n.what == "anonymized data").found.startswith(f"{preflight.in_words(kept)} needed")
+    assert [n.kind for n in plan.needs].count("data") == 1
+    actions, images = load_collections(s)
+    context = RunContext(s, torch.device("cpu"), progress=False)
+    nets = make_run_networks(s, actions, images, torch.device("cpu"))
+    minimax(nets, *training_batches(s, actions, images, 4, 4), context, METHODS[s.method], 2)
+    results, predictions = evaluate(nets.f_A, actions, images, context)
+    assert all(len(predictions[part][2]) == 8 for part in ("images", "frames"))
+    assert results["rms"]["images"] == results["rms"]["clips"] and results["privacy"]["images"]["n"] == 8
+
+
 def brute_force(z, temperature, symmetric):
     "Eq. 6 read aloud, one anchor after the other; `symmetric` exchanges the two of each pair as well."
     z = np.asarray(z, np.float64)

@@ -78,6 +78,20 @@ def test_a_full_disk_and_too_little_memory_are_noticed_before(lab, monkeypatch):
         preflight.raise_missing(preflight.look_ahead(cells, jobs.LocalResources(gpus=())).needs)
 
 
+@pytest.mark.parametrize("methods, values, line", [
+    (("penalty",), dict(devices=3, batch_clips=4), "devices=3: batch_clips=4 cannot be shared evenly; take a multiple of 3"),
+    (("penalty", "vita"), {}, "method=vita learns from labels of the privacy images")])
+def test_what_training_would_refuse_is_refused_before(methods, values, line, lab):
+    "A batch that devices cannot share; a second method that needs labels, on videos of which nobody is labelled."
+    from penaltyanon.data.puppets import write_puppets
+    write_puppets(lab/"p", train=8, test=8, images=(4, 2), size=32, frames=8, progress=False)
+    found = preflight.find_sets([jobs.Job(resolve("smoke", action_data=f"puppets:{lab}/p", privacy_data=f"puppets-images:{lab}/p"), lab)])
+    unlabelled = replace(found[1], collection=replace(found[1].collection, attribute_names=()))
+    todo = [jobs.Job(resolve("smoke", method=m, **values), lab) for m in methods]
+    problems = [n.problem for n in preflight.find_all_networks(todo, unlabelled)[1]]
+    assert len(problems) == 1 and line in problems[0]
+
+
 def test_room_for_anonymized_data_is_that_of_the_store(lab):
     "UCF101 and VISPR at 224 pixels, with one view of each training video kept: 71 GB, by the arithmetic that evaluation uses."
     s = resolve("paper", eval_fresh=False)

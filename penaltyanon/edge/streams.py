@@ -83,15 +83,20 @@ class FrameOrder:
         self.last = shown
         return missing, shown
 
-    def begins_damaged(self, missing: list[int], streamed: bool) -> bool:
-        "Is the first frame lost by damage? A transport stream may begin between key frames, a file begins with one."
-        return self.first is not None and self.first[0] in missing and (self.first[1] or not streamed)
-
     def take_missing(self, until: float = float("inf")) -> list[int]:  # timestamps
         "Take the broken promises before a timestamp, each once."
         broken = set()
         while self.due and self.due[0] < until: broken.add(heapq.heappop(self.due))
         return [stamp for stamp in sorted(broken) if self.last is None or stamp > self.last]
+
+# %% ../../nbs/edge/0_streams.ipynb #0788c3ca
+def _begins_damaged(
+    order: FrameOrder,
+    missing: list[int],  # timestamps of frames that never came
+    streamed: bool,      # a transport stream may begin between key frames, a file begins with one
+) -> bool:
+    "Is the first frame lost by damage?"
+    return order.first is not None and order.first[0] in missing and (order.first[1] or not streamed)
 
 # %% ../../nbs/edge/0_streams.ipynb #64c25210
 def _time_of_frame(
@@ -241,6 +246,13 @@ def _describe_frame(
     sizes = f"{frame.width} x {frame.height} were scaled to {info.width} x {info.height}"
     return f"the size changes on the way: frames of {sizes}"
 
+# %% ../../nbs/edge/0_streams.ipynb #b911e0b5
+def _describe_left_out(
+    count: int,  # frames
+) -> str:
+    "What the report says of a recording that begins between two key frames."
+    return f"{count} frames before the first that can be decoded were left out"
+
 # %% ../../nbs/edge/0_streams.ipynb #2b86a23b
 class _VideoDecoder:
     "Frames in order of presentation, the missing ones too."
@@ -266,7 +278,7 @@ class _VideoDecoder:
             missing, shown = self.order.place_frame(frame)
             if not self.info:
                 info = read_stream_info(self.container, self.stream, frame)
-                damaged = self.order.begins_damaged(missing, self.from_zero)
+                damaged = _begins_damaged(self.order, missing, self.from_zero)
                 if not damaged: missing = self.leave_out(missing)
                 first = [*missing, shown][0]
                 self.info = replace(info, origin=first if self.from_zero else 0, audio=self.sound)
@@ -276,8 +288,7 @@ class _VideoDecoder:
 
     def leave_out(self, stamps: list[int]) -> list:  # []
         "A recording that begins between two key frames begins at the second."
-        count = f"{len(stamps)} frames before the first that can be decoded were left out"
-        if stamps: self.remarks[count] = True
+        if stamps: self.remarks[_describe_left_out(len(stamps))] = True
         return []
 
     def missing_frames(self, stamps: list[int]):

@@ -610,7 +610,7 @@ def take_frames(
     train: AnonymizedSet,  # clips
     test: AnonymizedSet,  # clips
     heldout: Bool[Tensor, "n"],  # held-out part of train
-) -> tuple[AnonymizedSet, AnonymizedSet, Bool[Tensor, "n_v"]]:  # frames as views; the mask of the samples
+) -> tuple:  # train and test as frames; mask of the samples
     "The frames of both splits; in training each view of a clip is a sample."
     return clip_frames(train, apart=True), clip_frames(test), heldout.repeat_interleave(train.x.shape[1])
 
