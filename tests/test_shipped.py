@@ -42,7 +42,7 @@ def test_a_sweep_judges_files_and_notices_when_one_is_exchanged(tmp_path, run_jo
 
     student(tmp_path/"student.safetensors", 1)              # the same name, another network
     later = penaltyanon("attack", "runs", "--protocol", "table6-pretrained-attacker", "--world", "puppets", "--tests", "raw-attacker", "--data-set",
-                        "vispr1=puppets-images:data/puppets-smoke", "--retries", 0, cwd=tmp_path)
+                        "vispr1=puppets-images:data/puppets-smoke", "ucf101=puppets:data/puppets-smoke", "--retries", 0, cwd=tmp_path)
     assert later.returncode == 1 and "no longer the file this run was begun with" in later.stderr, later.stderr
     assert {r.path.name for r in runs.values() if (r/"tests"/"raw-attacker.json").exists()} == {runs["int8.onnx"].path.name}
     again = grid.expand_grid("smoke", methods=(str(tmp_path/"student.safetensors"),))[0]
