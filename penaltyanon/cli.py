@@ -342,20 +342,20 @@ def protocols():
 
 
 def choose_runs(
-    cells: list,      # settings of finished runs
+    found: list,      # finished runs
     runs: Path,       # their folder
     attacks: dict,    # of `plan_protocol`
 ) -> list:            # those that the protocol is for
     "The runs that were trained on a protocol's data; the others are named."
     from penaltyanon.core.files import UserError
-    from penaltyanon.core.settings import run_name
     from penaltyanon.evaluate.protocols import data_spec, find_protocol, trained_for
     protocol, data = find_protocol(attacks["protocol"]), attacks["data"]
-    fitting = [s for s in cells if trained_for(protocol, data, s.action_data, s.privacy_data)]
+    fitting = [r for r in found if trained_for(protocol, data, r.settings.action_data, r.settings.privacy_data)]
     wanted = f"{data_spec(protocol.action, data)} + {data_spec(protocol.privacy, data)}"
-    for s in cells:
-        if s in fitting: continue
-        print(f"skipped: {run_name(s)} was trained on {s.action_data} + {s.privacy_data}", file=sys.stderr)
+    for r in found:
+        if r in fitting: continue
+        print(f"skipped: {r.path.name} was trained on {r.settings.action_data} + {r.settings.privacy_data}",
+              file=sys.stderr)
     if not fitting:
         raise UserError(f"{runs}: no run was trained on {wanted}, which {attacks['protocol']} is for; name where the data "
                         f"lie (--data, --layout, --data-set {protocol.action}=LOADER:FOLDER), or another protocol")
@@ -378,16 +378,15 @@ def attack(
     "A protocol's attackers against the finished runs of a folder that were trained on its data; what is there is kept."
     from penaltyanon.core.files import UserError
     from penaltyanon.core.run_folder import finished_runs
-    from penaltyanon.sweep.jobs import LocalResources, make_jobs, raise_failed, run_jobs
-    cells = [r.settings for r in finished_runs(runs) if r.path.parent == runs]
-    if not cells:
+    from functools import partial
+    from penaltyanon.sweep.jobs import LocalResources, jobs_of_runs, raise_failed, run_job_steps, work_off
+    found = [r for r in finished_runs(runs) if r.path.parent == runs]
+    if not found:
         raise UserError(f"{runs}: no finished run lies directly in it; name the folder of one sweep, e.g. runs/demo")
-    _, attacks = plan_protocol(protocol, cells[0].preset, layout, data, data_set, tests)
-    cells = choose_runs(cells, runs, attacks)
-    resources = LocalResources(jobs, threads)
-    check_needs(make_jobs(cells, runs, **attacks), resources, dry_run)
-    todo = run_jobs(cells, runs, resources, retries=retries, **attacks)
-    raise_failed(todo)
+    _, attacks = plan_protocol(protocol, found[0].settings.preset, layout, data, data_set, tests)
+    todo, resources = jobs_of_runs(choose_runs(found, runs, attacks), **attacks), LocalResources(jobs, threads)
+    check_needs(todo, resources, dry_run)
+    raise_failed(work_off(todo, resources, partial(run_job_steps, threads=threads), retries))
     print(f"results: {runs}/*/tests   next: penaltyanon report {runs}")
 
 

@@ -73,6 +73,25 @@ def test_it_goes_back_once_and_the_record_says_so(tmp_path, data, monkeypatch):
     assert not list((run/"checkpoints").iterdir())
 
 
+def test_it_goes_back_to_a_look_that_was_healthy_itself(tmp_path, data, monkeypatch):
+    "80, 80, 80, 10, 10: the first 10 might have been an accident and was none; the way back ends at the last 80."
+    accuracies, seen = [80, 80, 80, 10, 10, 80, 80, 80], []
+    def measure(nets, watched, s):
+        seen.append(nets.step)
+        return dict(HEALTHY, accuracy=accuracies[len(seen) - 1])
+    monkeypatch.setattr(minimax, "measure_health", measure)
+    run, actions, images = start(tmp_path, data, health_every=2)
+    record = trainer.train(run, actions, images, progress=False)[1]
+    assert seen == [0, 2, 4, 6, 8, 6, 8, 10]
+    assert "collapsed by step 8" in record["recovered"] and "went on from step 4" in record["recovered"]
+
+
+def test_one_watched_clip_has_no_differences_and_no_nan():
+    nets = networks(s := resolve("smoke", precision="fp32"))
+    one = minimax.measure_health(nets, [(torch.rand(1, 3, 4, 32, 32), torch.tensor([1]))], s)
+    assert "difference" not in one and all(map(math.isfinite, one.values())) and minimax.find_collapse([one]) == ""
+
+
 def test_a_second_collapse_ends_the_run_also_after_a_kill(tmp_path, data, monkeypatch):
     scripted(monkeypatch, dead_at=(4, 6))
     run, actions, images = start(tmp_path, data, health_every=2)

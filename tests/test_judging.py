@@ -10,7 +10,7 @@ from penaltyanon.core.settings import Settings, resolve, run_name, settings_dict
 from penaltyanon.data.sources import open_data, record_groups
 from penaltyanon.evaluate import attackers as ev
 from penaltyanon.evaluate.intervals import (accuracies, class_prior_floor, class_shares, combine_judges, count_pairs, detectable_difference,
-                                            percentile_interval, resample_counts, unmeasurable_attributes, within_class_auc)
+                                            judges_variance, percentile_interval, resample_counts, unmeasurable_attributes, within_class_auc)
 from penaltyanon.evaluate.store import AnonymizedSet
 from penaltyanon.nets.recognizers import ACTION_MODELS, build_model
 from penaltyanon.results import report, tables
@@ -127,6 +127,44 @@ def test_the_detectable_difference_is_seen_in_four_of_five_test_sets(n):
         return accuracies(one_hot(ours), np.ones(n, int), w) - accuracies(one_hot(base), np.ones(n, int), w)
     delta = detectable_difference(np.mean([np.sort(pair(0)) for _ in range(30)], axis=0))
     assert (9 < delta < 14) if n == 88 else (5 < delta < 9)
+
+
+@pytest.mark.parametrize("judges, right", [(2, 8.9), (3, 9.0)])
+def test_the_detectable_difference_of_few_judges_is_no_random_number(judges, right):
+    "Judges 3 points apart on records that say 8.9 less their share: whatever the generator, the sum of both variances."
+    rng = np.random.default_rng(judges)
+    spread = np.linspace(-1, 1, judges)[:, None]
+    own = judges_variance(spread[:, 0])
+    records = rng.normal(size=2001)
+    records = 70 + (records - records[1:].mean())/records[1:].std()*np.sqrt((right/2.802)**2 - own)
+    each = records + spread
+    assert detectable_difference(each.mean(0), own) == pytest.approx(right)
+    drawn = [detectable_difference(combine_judges(each, seed)) for seed in range(30)]
+    assert np.ptp(drawn) > right/100, "which draws of Student's t are not"
+    other = 60 + 0*each
+    assert tables.paired_difference([each], [other], 9).detectable == pytest.approx(right)
+    assert tables.paired_difference([each], [other + spread], 9).detectable == pytest.approx(2.802*np.sqrt((right/2.802)**2 + own))
+
+
+def test_the_detectable_auc_is_the_same_whatever_the_resamples_of_student():
+    rng = np.random.default_rng(0)
+    y, c = (rng.random((120, 1)) < 0.5)*1., rng.integers(0, 3, 120)
+    z, w = rng.normal(size=(3, 120, 1)) + 0.5*y, resample_counts(120, 1000)
+    each = np.stack([within_class_auc(one, y, c, w) for one in z])
+    right = 2.802*np.sqrt(each.mean(0)[1:].var() + each[:, 0].var(ddof=1)/3)
+    assert ev.score_within_class(z, y, c, ("a",), w)["detectable"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("labels", ["action", "attributes"])
+def test_accuracy_without_anything_to_score_judges_the_last_epoch(labels):
+    "No part is held out; or all held-out people are alike, and there is no cMAP."
+    s, x = replace(resolve("smoke", eval_batch=8), eval_choice="accuracy", eval_patience=1, eval_action_epochs=3, eval_privacy_epochs=3), toy_set(12, 0)
+    heldout = torch.arange(12) < (0 if labels == "action" else 4)
+    y = x.action if labels == "action" else torch.where(heldout[:, None], 1., x.attributes)
+    seed_everything(0)
+    training = ev.fit_attacker(build_model("r3d_small", 2 if labels == "action" else 1, ACTION_MODELS), x.x, y, heldout, ev.attacker_recipe(s, labels),
+                               RunContext(s, torch.device("cpu"), progress=False))
+    assert (training.judged, training.weights) == (3, None)
 
 
 def test_groups_are_read_from_names():

@@ -53,6 +53,12 @@ def test_missing_weights_stop_a_run_in_one_line_before_any_work(tmp_path, monkey
     recognizers.check_weights(resolve("demo"))
 
 
+def test_a_run_that_trains_nothing_needs_no_weights_of_training():
+    assert recognizers.weights_in_use(resolve("paper", method="raw")) == {("i3d_r50", "kinetics400"): "eval_action_weights"}, "of f_T' alone"
+    assert not recognizers.weights_in_use(resolve("paper", method="raw", eval_action_weights="none"))
+    assert ("i3d_r50", "kinetics400") in recognizers.weights_in_use(resolve("paper", eval_action_weights="none"))
+
+
 def test_a_run_without_them_says_so_in_its_name():
     bare = resolve("paper", action_weights="none", privacy_weights="none")
     assert left_out_weights(settings_dict(bare)) == ["action_weights", "privacy_weights"] and "no_action_weights" in run_name(bare)

@@ -161,9 +161,10 @@ def test_only_the_runs_that_a_protocol_is_for_are_attacked(root, tmp_path):
     assert r.returncode == 1 and r.stderr.splitlines()[0].startswith(f"skipped: {other} was trained on hmdb51:") and "no run was trained on ucf101:" in said(r)
     assert not list((tmp_path/"runs").rglob("tests"))
     mine = finished_run(tmp_path/"runs", action_data=f"ucf101:{root}/ucf101", privacy_data=f"vispr1:{root}/vispr")
+    (tmp_path/"runs"/mine).rename(tmp_path/"runs/as-it-was-called")     # by a version with other names
     r = attack(*words)
-    assert r.returncode == 0 and f"skipped: {other}" in r.stderr and (tmp_path/"runs"/mine/"tests/raw-attacker.json").is_file(), r.stderr
-    assert not (tmp_path/"runs"/other/"tests").exists()
+    assert r.returncode == 0 and f"skipped: {other}" in r.stderr and (tmp_path/"runs/as-it-was-called/tests/raw-attacker.json").is_file(), r.stderr
+    assert not (tmp_path/"runs"/other/"tests").exists() and not (tmp_path/"runs"/mine).exists()
 
 
 def test_what_attacks_lack_is_said_before_anything_starts(root, tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ from ..train.batches import autocast
 from ..train.losses import attribute_loss
 from ..train.minimax import check_finite, explain_out_of_memory, set_mode
 from .intervals import (
-    accuracies, class_prior_floor, class_shares, combine_judges, count_pairs, detectable_difference, mean_precisions,
+    accuracies, class_prior_floor, class_shares, combine_judges, count_pairs, detectable_difference,
+    judges_variance, mean_precisions,
     percentile_interval, resample_counts, unmeasurable_attributes, within_class_auc)
 from penaltyanon.evaluate.store import (
     AnonymizedSet, anonymize_dataset, anonymize_part, begin_epoch, check_store_space, clip_frames, take_views,
@@ -220,8 +221,11 @@ class AttackerTraining:
 
     def keep_best(self, value: float):
         "Remember the weights where a value, the lower the better, is the lowest so far."
-        if not (value <= self.best or self.judged == 0): return
-        self.best, self.judged = value, self.epoch + 1
+        if value > self.best: return
+        self.judged = self.epoch + 1
+        self.best, self.weights = math.inf, None
+        if math.isnan(value): return  # nothing to choose by: as it is now, which is `last`
+        self.best = value
         self.weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
 
     def is_over(self) -> bool:
@@ -454,8 +458,9 @@ def score_within_class(
     about = dict(pairs=sum(count_pairs(labels[:, i], classes) for i in kept), dropped=dropped)
     if not kept: return about
     each = np.stack([within_class_auc(z[:, kept], labels[:, kept], classes, w) for z in split_judges(logits)])
-    return dict(auc=float(each[:, 0].mean()), chance=.5, detectable=detectable_difference(combine_judges(each)),
-                **about, **describe_resampling(each, groups, highest=1))
+    detectable = detectable_difference(each.mean(0), judges_variance(each[:, 0]))
+    return dict(auc=float(each[:, 0].mean()), chance=.5, detectable=detectable, **about,
+                **describe_resampling(each, groups, highest=1))
 
 # %% ../../nbs/evaluate/2_attackers.ipynb #ce52d0ac
 def score_given_action(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VISIBLE_IN_SE', 'LEAST_LABELS', 'number_groups', 'resample_counts', 'accuracies', 'percentile_interval',
-           'detectable_difference', 'combine_judges', 'precisions', 'mean_precisions', 'class_shares',
-           'random_tie_precision', 'class_prior_floor', 'count_pairs', 'unmeasurable_attributes', 'class_wins',
-           'within_class_auc']
+           'detectable_difference', 'combine_judges', 'judges_variance', 'precisions', 'mean_precisions',
+           'class_shares', 'random_tie_precision', 'class_prior_floor', 'count_pairs', 'unmeasurable_attributes',
+           'class_wins', 'within_class_auc']
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #c002
 from collections.abc import Sequence
@@ -58,10 +58,11 @@ VISIBLE_IN_SE = 1.960 + 0.842   # standard errors: a 95 % interval, a power of 8
 # %% ../../nbs/evaluate/0_intervals.ipynb #def4945a
 def detectable_difference(
     values: Float[np.ndarray, "r"],   # a difference (or a score) of every resample; the first is left out
+    judges: float = 0.,               # variance of what judges add, from `judges_variance`
 ) -> float:                           # in the unit of values; NaN when it cannot be had
     "The smallest true difference that 80 % of such test sets would show."
     drawn = values[1:][~np.isnan(values[1:])]
-    return VISIBLE_IN_SE*float(drawn.std()) if len(drawn) else float("nan")
+    return VISIBLE_IN_SE*float(np.sqrt(drawn.var() + judges)) if len(drawn) else float("nan")
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #930e7494
 def combine_judges(
@@ -73,6 +74,13 @@ def combine_judges(
     if judges == 1: return values[0]
     shift = np.random.default_rng(seed).standard_t(judges - 1, resamples)*values[:, 0].std(ddof=1)/np.sqrt(judges)
     return values.mean(0) + np.append(0, shift[1:])
+
+# %% ../../nbs/evaluate/0_intervals.ipynb #536f9733
+def judges_variance(
+    scores: Float[np.ndarray, "j"],   # of each judge on the test set itself
+) -> float:                           # 0 for one judge, whose chance is not known
+    "Variance of the mean over judges."
+    return float(scores.var(ddof=1))/len(scores) if len(scores) > 1 else 0.
 
 # %% ../../nbs/evaluate/0_intervals.ipynb #c012
 def precisions(

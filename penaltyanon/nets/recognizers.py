@@ -343,9 +343,10 @@ def weights_in_use(
     "The pretrained weights that a run needs, in training and evaluation."
     action, privacy = evaluation_weights(s)
     used = {(s.eval_privacy_model or s.privacy_model, privacy): "eval_privacy_weights",
-            (s.eval_action_model or s.action_model, action): "eval_action_weights",
-            (s.action_model, s.action_weights): "action_weights"}
-    if s.method in TRAINED_METHODS: used[s.privacy_model, s.privacy_weights] = "privacy_weights"
+            (s.eval_action_model or s.action_model, action): "eval_action_weights"}
+    trained = {(s.action_model, s.action_weights): "action_weights",
+               (s.privacy_model, s.privacy_weights): "privacy_weights"}
+    if s.method in TRAINED_METHODS: used |= trained
     return {pair: name for pair, name in used.items() if pair[1]}
 
 # %% ../../nbs/nets/3_recognizers.ipynb #4b2f40ff

@@ -29,8 +29,9 @@ from ..core.run_folder import RunFolder
 from ..core.settings import Settings, evaluation_weights, left_out_weights, resolve, settings_dict
 from ..data.sources import record_groups
 from ..evaluate.attackers import Predictions, load_predictions, split_judges
-from ..evaluate.intervals import (
-    accuracies, combine_judges, detectable_difference, mean_precisions, percentile_interval, resample_counts)
+from penaltyanon.evaluate.intervals import (
+    accuracies, combine_judges, detectable_difference, judges_variance, mean_precisions, percentile_interval,
+    resample_counts)
 from .paper import PAPER_COLUMNS, misprinted_drops, paper_wide, table_footnotes
 from .report import (INTERVAL_NOTE, describe_conditions, load_results, missing_runs, open_runs,
                                         read_results, save_figure, shown_label)
@@ -533,26 +534,37 @@ class PairedDifference:
         visible = f" (detectable: {self.detectable:.1f})" if self.detectable > 0 else ""
         return f"{change} [{low:.1f}, {high:.1f}]{visible}" + (f", {verdict}" if self.value else "")
 
+# %% ../../nbs/results/2_tables.ipynb #94faea1d
+def _mean_difference(
+    ours: list,     # of each seed (j, r)
+    theirs: list,
+    mean: Callable = lambda v, seed: v.mean(0),   # over judges; seed: of the chance of one run's judges
+) -> Float[np.ndarray, "r"]:
+    "The mean over seeds of ours minus theirs."
+    pairs = enumerate(zip(ours, theirs))
+    return sum(mean(a, 2*seed) - mean(b, 2*seed + 1) for seed, (a, b) in pairs)/len(ours)
+
 # %% ../../nbs/results/2_tables.ipynb #c064
 def paired_difference(
-    ours: Float[np.ndarray, "s r"],     # a score of every resample, one line per seed
-    theirs: Float[np.ndarray, "s r"],   # of the same resamples and seeds
-    n: int,                             # test records
-) -> PairedDifference:                  # ours minus theirs
+    ours: list,   # of each seed (j, r): a score of every resample, one line per judge
+    theirs: list, # of the same resamples and seeds
+    n: int,       # test records
+) -> PairedDifference:   # ours minus theirs
     "The paired bootstrap: the mean over seeds of per-seed differences, in every resample."
-    d = (np.asarray(ours) - np.asarray(theirs)).mean(0)
-    low, high, detectable = (*percentile_interval(d), detectable_difference(d)) if n > 1 else [np.nan]*3
-    return PairedDifference(float(d[0]), low, high, n, len(ours), detectable)
+    d = _mean_difference(ours, theirs, combine_judges)
+    if n < 2: return PairedDifference(float(d[0]), np.nan, np.nan, n, len(ours))
+    judges = sum(judges_variance(v[:, 0]) for v in (*ours, *theirs))/len(ours)**2
+    detectable = detectable_difference(_mean_difference(ours, theirs), judges)
+    return PairedDifference(float(d[0]), *percentile_interval(d), n, len(ours), detectable)
 
 # %% ../../nbs/results/2_tables.ipynb #c065
 def score_resamples(
     p: Predictions,
     score: Callable,                    # e.g. accuracies
     counts: Float[np.ndarray, "r n"],   # from `resample_counts`
-    seed: int = 0,                      # of the chance of its judges
-) -> Float[np.ndarray, "r"]:
-    "A score of every resample, the mean over judges."
-    return combine_judges(np.stack([score(z, p.labels, counts) for z in split_judges(p.scores)]), seed)
+) -> Float[np.ndarray, "j r"]:
+    "A score of every resample, one line per judge."
+    return np.stack([score(z, p.labels, counts) for z in split_judges(p.scores)])
 
 # %% ../../nbs/results/2_tables.ipynb #47fb3db4
 def compare_predictions(
@@ -568,7 +580,7 @@ def compare_predictions(
     matched = match_records([*ours, *theirs])
     n = len(matched[0].names)
     counts = resample_counts(n, repeats, groups=record_groups(matched[0].names, data))
-    scores = np.stack([score_resamples(p, score, counts, seed) for seed, p in enumerate(matched)])
+    scores = [score_resamples(p, score, counts) for p in matched]
     return paired_difference(scores[:len(ours)], scores[len(ours):], n)
 
 # %% ../../nbs/results/2_tables.ipynb #c071
@@ -578,7 +590,7 @@ NO_PREDICTIONS = "no predictions stored"
 def _resample_scores(
     found: pd.DataFrame,   # the measurements of a column
     repeats: int,          # bootstrap resamples
-) -> tuple[dict, int]:     # (row, seed) -> score of every resample; number of records
+) -> tuple[dict, int]:     # (row, seed) -> scores of every judge and resample; number of records
     "Score every run of a column on the same resamples; runs without predictions are left out."
     loaded = {(r.row, r.seed): load_predictions(r.archive, r.part) for r in found.itertuples()}
     kept = {run: p for run, p in loaded.items() if p is not None}
@@ -587,8 +599,7 @@ def _resample_scores(
     score = accuracies if found.kind.iloc[0] == "action" else mean_precisions
     n = len(matched[0].names)
     counts = resample_counts(n, repeats, groups=record_groups(matched[0].names, found.data.iloc[0]))
-    pairs = enumerate(zip(kept, matched))
-    return {run: score_resamples(p, score, counts, seed) for seed, (run, p) in pairs}, n
+    return {run: score_resamples(p, score, counts) for run, p in zip(kept, matched)}, n
 
 # %% ../../nbs/results/2_tables.ipynb #c072
 def compare_rows(

@@ -7,7 +7,7 @@ __all__ = ['ALREADY_DONE', 'STAGE_LENGTHS', 'RUN_NOTEBOOKS', 'Job', 'job_file', 
            'read_last_row', 'update_progress', 'eta', 'attacks_left', 'is_finished', 'notebooks_left',
            'job_environment', 'run_job_steps', 'data_sets_of', 'visible_gpus', 'LocalResources', 'devices_needed',
            'take_gpus', 'check_devices', 'advance_job', 'JobSlots', 'describe_state', 'share_done', 'ProgressBoard',
-           'make_jobs', 'run_jobs', 'raise_failed']
+           'make_jobs', 'jobs_of_runs', 'work_off', 'run_jobs', 'raise_failed']
 
 # %% ../../nbs/sweep/2_jobs.ipynb #2651ba91
 import functools
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import UserError, write_json
+from ..core.run_folder import RunFolder
 from ..core.settings import IDENTITY_METHODS, TRAINED_METHODS, Settings, run_name
 from ..core.shared import hold_store
 from .grid import run_parameters
@@ -395,20 +396,27 @@ def make_jobs(
         if is_finished(job): job.state = ALREADY_DONE
     return todo
 
-# %% ../../nbs/sweep/2_jobs.ipynb #c069
-def run_jobs(
-    settings: list[Settings],                       # of `expand_grid`
-    root: str | Path,                               # the sweep's folder
-    resources: LocalResources = LocalResources(),   # how many jobs at once, with what
-    notebooks: tuple = RUN_NOTEBOOKS,
-    retries: int = 0,                               # how often a job that failed is started again
-    run_steps: Callable | None = None,              # Job -> generator that works on it; None: `run_job_steps`
-    poll_s: float = 0.5,                            # seconds between rounds
-    **attacks,                                      # protocol, tests, data: the attacks that follow a run
-) -> list[Job]:                                     # all of them, with state and reason
-    "Run what is not DONE, several jobs at a time."
-    run_steps = run_steps or functools.partial(run_job_steps, threads=resources.threads, notebooks=notebooks)
-    todo = make_jobs(settings, root, notebooks, **attacks)
+# %% ../../nbs/sweep/2_jobs.ipynb #7442b7e0
+def jobs_of_runs(
+    runs: list[RunFolder],   # of one sweep, finished
+    **attacks,               # protocol, tests, data of each `Job`
+) -> list[Job]:
+    "The attacks on finished runs as jobs."
+    todo = [Job(r.settings, r.path.parent, **attacks) for r in runs]
+    for r, job in zip(runs, todo):
+        job.path = r.path
+        if is_finished(job): job.state = ALREADY_DONE
+    return todo
+
+# %% ../../nbs/sweep/2_jobs.ipynb #286e2445
+def work_off(
+    todo: list[Job],
+    resources: LocalResources,      # how many jobs at once, with what
+    run_steps: Callable,            # Job -> generator that works on it
+    retries: int = 0,               # how often a job that failed is started again
+    poll_s: float = 0.5,            # seconds between rounds
+) -> list[Job]:                     # the same, with state and reason
+    "Run the jobs that wait, several at a time."
     check_devices(todo, resources)
     slots, board = JobSlots(resources, run_steps, retries), ProgressBoard(todo)
     try:
@@ -426,6 +434,21 @@ def run_jobs(
             job.state, job.reason = "waiting", "stopped"
             slots.end(job)
     return todo
+
+# %% ../../nbs/sweep/2_jobs.ipynb #c069
+def run_jobs(
+    settings: list[Settings],                       # of `expand_grid`
+    root: str | Path,                               # the sweep's folder
+    resources: LocalResources = LocalResources(),   # how many jobs at once, with what
+    notebooks: tuple = RUN_NOTEBOOKS,
+    retries: int = 0,                               # how often a job that failed is started again
+    run_steps: Callable | None = None,              # Job -> generator that works on it; None: `run_job_steps`
+    poll_s: float = 0.5,                            # seconds between rounds
+    **attacks,                                      # protocol, tests, data: the attacks that follow a run
+) -> list[Job]:                                     # all of them, with state and reason
+    "Run what is not DONE, several jobs at a time."
+    run_steps = run_steps or functools.partial(run_job_steps, threads=resources.threads, notebooks=notebooks)
+    return work_off(make_jobs(settings, root, notebooks, **attacks), resources, run_steps, retries, poll_s)
 
 # %% ../../nbs/sweep/2_jobs.ipynb #c070
 def raise_failed(
