@@ -96,3 +96,19 @@ def test_mistakes_are_one_line(line, code, says, tmp_path):
     assert r.returncode == code, r.stderr
     assert r.stderr.startswith("error: ") and r.stderr.count("\n") == 1 and says in r.stderr, r.stderr
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_settings_know_the_names_of_measures():
+    "A misspelt one ends before anything is trained; what core knows is what evaluate has."
+    from penaltyanon.core.files import UsageError
+    from penaltyanon.core.settings import MEASURE_NAMES, resolve
+    assert tuple(measures.MEASURES) == MEASURE_NAMES
+    assert resolve("smoke", measures="all").measures == "all"
+    with pytest.raises(UsageError, match="did you mean reconstruction"): resolve("smoke", measures="linkage-faces,reconstuction")
+
+
+def test_committed_results_open_and_show():
+    "Those that were measured before results held the anonymizer's hash."
+    from conftest import ROOT
+    table = leakage_table(load_measures(ROOT/"runs/leakage-mini"))
+    assert list(table.index) == ["raw", "blur-strong", "pixelate"] and table.shape[1] == 5

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Features', 'PROBE_STRENGTHS', 'Thumbnail', 'open_features', 'moment_indices', 'MomentDataset', 'moment_data',
            'network_features', 'extract_features', 'cached_features', 'sampling_key', 'network_hash', 'FeatureSource',
-           'anonymized_features', 'raw_features', 'feature_sets', 'Axes', 'fit_axes', 'group_folds', 'fit_probe',
-           'probe_probabilities', 'heldout_probabilities', 'log_loss_of', 'ProbeFound', 'run_probe', 'constant_probe']
+           'anonymized_features', 'raw_key', 'raw_features', 'feature_sets', 'Axes', 'fit_axes', 'group_folds',
+           'fit_probe', 'probe_probabilities', 'heldout_probabilities', 'log_loss_of', 'ProbeFound', 'run_probe',
+           'constant_probe']
 
 # %% ../../nbs/evaluate/6_features.ipynb #6be80968
 import hashlib
@@ -25,8 +26,9 @@ from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from .. import __version__
 from ..core.checkpoints import RunContext
-from ..core.files import UsageError, atomic_write
+from ..core.files import UsageError, atomic_write, file_hash
 from ..core.settings import Settings
 from ..data.datasets import ClipDataset
 from ..data.records import Collection, Record, is_video
@@ -46,6 +48,8 @@ class Thumbnail(nn.Module):
     ):
         super().__init__()
         self.cells = cells
+
+    def extra_repr(self) -> str: return f"cells={self.cells}"   # part of `network_hash`
 
     def features(self, x: Float[Tensor, "n 3 ..."]) -> Float[Tensor, "n d"]:
         if x.ndim == 4: return F.adaptive_avg_pool2d(x, self.cells).flatten(1)
@@ -67,6 +71,7 @@ def open_features(
         net = build_model(model, 1, known, weights)
     if not hasattr(net, "features"): raise UsageError(f"{spec}: has no method `features` (clips or frames to (n, d))")
     if sees == "frames": net = net.to(memory_format=torch.channels_last)
+    net.source_hash = "" if model in known else file_hash(model.rpartition(":")[0])
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/evaluate/6_features.ipynb #0ccf362f
@@ -170,8 +175,9 @@ def sampling_key(s: Settings) -> dict:
 
 # %% ../../nbs/evaluate/6_features.ipynb #f9ae5f3f
 def network_hash(net: nn.Module) -> str:
-    "What makes a feature network: its class, its weights, the sizes that `repr` shows."
-    return content_hash(dict(net=type(net).__name__, text=repr(net)), net.state_dict())
+    "What makes a feature network: its class, its weights, the sizes that `repr` shows, the user's file it is from."
+    made = dict(net=type(net).__name__, text=repr(net), source=getattr(net, "source_hash", ""))
+    return content_hash(made, {name: value.cpu() for name, value in net.state_dict().items()})
 
 # %% ../../nbs/evaluate/6_features.ipynb #d51fb193
 @dataclass
@@ -209,15 +215,25 @@ def anonymized_features(
     return extract_features(f_A or source.f_A, data, source.nets, source.context, f"{c.name} {part} {moment}")
 
 # %% ../../nbs/evaluate/6_features.ipynb #facd4db7
+def raw_key(
+    source: "FeatureSource",
+    c: Collection,
+    *how,  # part, moment, seed
+) -> dict:  # JSON values
+    "All that raw features depend on; the order of the records, since a row is known by its number alone."
+    rows = [r.name for r in getattr(c, how[0])]
+    nets = {sees: network_hash(net) for sees, net in source.nets.items()}
+    data, sampling = data_manifest(c)["sha256"], sampling_key(source.context.settings)
+    return dict(version=__version__, data=data, rows=rows, how=how, sampling=sampling, nets=nets)
+
+# %% ../../nbs/evaluate/6_features.ipynb #e0cc2b83
 def raw_features(
     source: "FeatureSource",
     c: Collection,
     *how,  # part, moment, seed
 ) -> Features:
     "Look at raw data, or remember."
-    key = dict(data=data_manifest(c)["sha256"], how=how, sampling=sampling_key(source.context.settings))
-    key["nets"] = {sees: network_hash(net) for sees, net in source.nets.items()}
-    return cached_features(key, lambda: anonymized_features(source, c, *how, f_A=Identity()))
+    return cached_features(raw_key(source, c, *how), lambda: anonymized_features(source, c, *how, f_A=Identity()))
 
 # %% ../../nbs/evaluate/6_features.ipynb #0024a26d
 def feature_sets(

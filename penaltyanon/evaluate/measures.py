@@ -11,7 +11,7 @@ __all__ = ['DISAGREE', 'TRAIN_CROPS', 'NO_LABELS', 'LINKAGE_MEASURES', 'OTHER_ME
            'measure_attributes_images', 'restored_pictures', 'picture_cosines', 'label_names', 'split_pictures',
            'picture_worth', 'measure_reconstruction', 'measure_detectors', 'summarize_detections', 'Measure',
            'pick_measures', 'MeasureOptions', 'open_measurement', 'measure_conditions', 'run_measures', 'measure_once',
-           'measure_run', 'measure_method']
+           'named_file', 'method_label', 'measured_hash', 'measure_run', 'measure_method']
 
 # %% ../../nbs/evaluate/9_measures.ipynb #523808b2
 import time
@@ -27,14 +27,14 @@ import torch.nn as nn
 from jaxtyping import Float
 
 from ..core.checkpoints import RunContext
-from ..core.files import UsageError, nearest, read_json, write_json
+from ..core.files import UsageError, file_hash, nearest, read_json, write_json
 from ..core.machine import pick_device
 from ..core.run_folder import RunFolder
-from ..core.settings import Settings
+from ..core.settings import MODEL_SUFFIXES, Settings, parse_file_spec
 from ..data.records import Collection
 from ..data.sources import record_groups
-from ..nets.anonymizers import Identity
-from ..nets.obfuscation import open_regions
+from ..nets.anonymizers import Identity, content_hash
+from ..nets.obfuscation import OBFUSCATIONS, open_regions
 from .features import (
     Features, FeatureSource, feature_sets, fit_axes, moment_data, network_features, open_features, run_probe)
 from .files import open_anonymizer, run_anonymizer
@@ -45,6 +45,7 @@ from .leakage import (
     Pictures, detector_agreement, find_masks, mean_pictures, paired_pictures, probe_attributes, picture_psnr, restore,
     strongest_scores, train_restorer)
 from .linkage import LinkPairs, cosines, run_linkage
+from .store import anonymizer_hash, is_described
 from ..train.batches import load_collections
 
 # %% ../../nbs/evaluate/9_measures.ipynb #6cc9c5e3
@@ -56,6 +57,7 @@ class Measurement:
     images: Collection  # photographs
     seeds: tuple[int, ...] = (0, 1, 2)  # of crops and folds
     detector: str = ""  # people | FILE.onnx, as in `open_regions`; "" = none
+    restorer_steps: int = 200  # of the attacker of reconstruction
     shared: dict = field(default_factory=dict)  # what several measures use
 
     @property
@@ -300,7 +302,7 @@ def restored_pictures(
     "The closer to raw of two: as published, and restored."
     held, device = len(train.raw) // 5, m.context.device
     fitted, asked = (Pictures(train.anonymized[rows], train.raw[rows]) for rows in (slice(held, None), slice(held)))
-    net = train_restorer(fitted, m.context, seed=seed)
+    net = train_restorer(fitted, m.context, m.restorer_steps, seed=seed)
     published, restored = asked.anonymized.float() / 255, restore(net, asked.anonymized, device)
     worth = [picture_psnr(x, asked.raw.float() / 255).mean() for x in (published, restored)]
     if worth[1] > worth[0]: return "restorer", restore(net, test.anonymized, device)
@@ -465,15 +467,16 @@ def run_measures(
     names: tuple[str, ...],  # keys of MEASURES
     make: Callable[[], Measurement],  # called when something is to be measured
     conditions: dict,  # of `measure_conditions`
-    about: dict,  # of the anonymizer: label, method, B, seed
+    about: dict,  # of the anonymizer: label, method, B, seed, and `anonymizer`, its hash
 ) -> dict[str, dict]:  # name -> result
-    "Measure what is not measured yet under these conditions."
+    "Measure what is not measured yet of this anonymizer under these conditions."
     paths, m, found = {name: Path(folder) / "measures" / f"{name}.json" for name in names}, None, {}
+    asked = dict(conditions=conditions, anonymizer=about["anonymizer"])
     for name, path in paths.items():
         there = read_json(path) if path.is_file() else {}
-        if there.get("conditions") != conditions:
+        if {key: there.get(key) for key in asked} != asked:
             m = m or make()
-            there = measure_once(name, m) | about | dict(conditions=conditions)
+            there = measure_once(name, m) | about | asked
             write_json(path, there)
         found[name] = there
     return found
@@ -490,6 +493,35 @@ def measure_once(
     described = dict(measure=name, unit=measure.unit, higher_is=measure.higher_is)
     return described | found | dict(date=date, minutes=(time.time() - began) / 60)
 
+# %% ../../nbs/evaluate/9_measures.ipynb #f61e73da
+def named_file(
+    spec: str,  # as in `open_anonymizer`
+) -> Path | None:
+    "The model file, or the detector's, in the name of an anonymizer."
+    method, _, regions = spec.partition("@")
+    path = parse_file_spec(regions if method in OBFUSCATIONS else spec)[0]
+    return path if path.suffix in MODEL_SUFFIXES else None
+
+# %% ../../nbs/evaluate/9_measures.ipynb #f2f7199e
+def method_label(
+    spec: str,  # as in `open_anonymizer`
+) -> str:  # e.g. pixelate, anonymizer-3f2a1c0b, blur-strong@people
+    "A row's name; a file's has the first digits of its SHA-256, since every run calls its file the same."
+    path, method = named_file(spec), spec.partition("@")[0]
+    if path is None: return spec
+    short = f"{path.stem}-{file_hash(path)[:8]}"
+    return f"{method}@{short}" if method in OBFUSCATIONS else short
+
+# %% ../../nbs/evaluate/9_measures.ipynb #1618c11f
+def measured_hash(
+    f_A: nn.Module,
+    spec: str,  # as in `open_anonymizer`
+) -> str:  # 64 hexadecimal digits
+    "What tells measured anonymizers apart, in every process; a detector's file is part of it."
+    path = named_file(spec)
+    if is_described(f_A) or path is None: return anonymizer_hash(f_A)
+    return content_hash(dict(config=f_A.config, file=file_hash(path)), {})
+
 # %% ../../nbs/evaluate/9_measures.ipynb #2ae95f56
 def measure_run(
     run: RunFolder,  # finished
@@ -499,9 +531,10 @@ def measure_run(
 ) -> dict[str, dict]:  # name -> result
     "Measure the anonymizer of a run; results lie in RUN/measures."
     s = run.settings
-    context = RunContext(s, pick_device(s.device), progress=progress)
-    def make(): return open_measurement(run_anonymizer(run)[0], *load_collections(s), context, options)
+    context, f_A = RunContext(s, pick_device(s.device), progress=progress), run_anonymizer(run)[0]
+    def make(): return open_measurement(f_A, *load_collections(s), context, options)
     about = {key: run.results.get(key) for key in ("label", "method", "B", "lam", "seed", "preset")}
+    about["anonymizer"] = measured_hash(f_A, s.method)
     return run_measures(run.path, names, make, measure_conditions(s, options), about)
 
 # %% ../../nbs/evaluate/9_measures.ipynb #9102fef7
@@ -514,8 +547,9 @@ def measure_method(
     progress: bool = True,
 ) -> dict[str, dict]:  # name -> result
     "Measure an anonymizer that belongs to no run."
-    context, label = RunContext(s, pick_device(s.device), progress=progress), Path(spec).stem if "." in spec else spec
+    context = RunContext(s, pick_device(s.device), progress=progress)
     f_A = Identity() if spec == "raw" else open_anonymizer(spec, s.device)   # the control changes nothing
+    label, known = method_label(spec), measured_hash(f_A, spec)
     def make(): return open_measurement(f_A, *load_collections(s), context, options)
-    about = dict(label=label, method=label, B=None, lam=None, seed=None, preset=s.preset)
+    about = dict(label=label, method=label, B=None, lam=None, seed=None, preset=s.preset, anonymizer=known)
     return run_measures(Path(out) / label.replace("@", "-at-"), names, make, measure_conditions(s, options), about)
