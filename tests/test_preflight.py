@@ -65,7 +65,8 @@ def test_an_attack_looks_for_its_data_first(lab, capsys):
     from penaltyanon.core.run_folder import RunFolder
     RunFolder.create(lab/"runs", s).finish({})
     for more in ("", " --dry-run"):
-        out = said(capsys, f"attack runs --protocol table2-ucf101 --layout official --data nowhere{more}", 1)
+        own = "--data-set ucf101=puppets:data/puppets-smoke vispr1=puppets-images:data/puppets-smoke"     # what the run was trained on
+        out = said(capsys, f"attack runs --protocol table2-ucf101 --layout official --data nowhere {own}{more}", 1)
         for name in ("hmdb51", "vispr"): assert f"nowhere/{name}" in out.err + out.out
     assert not (job.path/"tests").exists()
 
