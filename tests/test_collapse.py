@@ -103,7 +103,7 @@ def test_a_second_collapse_ends_the_run_also_after_a_kill(tmp_path, data, monkey
 
 def test_there_is_a_way_back_to_the_beginning(tmp_path, data, monkeypatch):
     scripted(monkeypatch, dead_at=(1,))
-    run, actions, images = start(tmp_path, data, steps=3)
+    run, actions, images = start(tmp_path, data, steps=3, health_every=1)
     record = trainer.train(run, actions, images, progress=False)[1]
     assert "collapsed by step 1:" in record["recovered"] and "went on from step 0" in record["recovered"]
 
