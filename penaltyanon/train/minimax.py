@@ -409,7 +409,7 @@ def add_health(
 # %% ../../nbs/train/3_minimax.ipynb #ee75772d
 CONSTANT_BELOW = 0.05  # share of raw's contrast or differences
 FEWEST_CLIPS = 20  # for a judgement on f_T
-FEWEST_STEPS = 10    # a shorter training is a trial of the machinery: watched, but judged only where `health_every` asks
+FEWEST_STEPS = 10  # a shorter training is a trial: watched, judged only where `health_every` asks
 VARIETY = dict(contrast="contrast", difference="differences between clips")  # of `picture_variety`, in words
 
 # %% ../../nbs/train/3_minimax.ipynb #fcb3f98e
