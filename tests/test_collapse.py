@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def start(folder, data, **changes):
-    s = resolve("smoke", **{**data, **dict(B=math.inf, penalty="none", steps=10, identity_steps=4, warmup_steps=2, backbone="unet", decoder=(16,)), **changes})
+    s = resolve("smoke", **{**data, **dict(B=math.inf, penalty="none", steps=10, identity_steps=60, identity_lr=1e-2, warmup_steps=2, backbone="unet", decoder=(16,)), **changes})
     return RunFolder.create(folder, s), *load_collections(s)
 
 
@@ -40,7 +40,7 @@ def test_looking_changes_no_bit():
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("changes", [dict(lr_anonymizer=3.0), dict(weight_privacy=50.0, lr_anonymizer=1.0)], ids=["rate", "weight"])
+@pytest.mark.parametrize("changes", [dict(lr_anonymizer=0.1), dict(weight_privacy=50.0, lr_anonymizer=0.3)], ids=["rate", "weight"])
 def test_a_training_that_really_collapses_leaves_nothing(tmp_path, data, changes):
     run, actions, images = start(tmp_path, data, **changes)
     with pytest.raises(UserError, match=r"training collapsed by step \d+: f_A draws nearly one picture.*lower lr_anonymizer") as error:
@@ -49,6 +49,14 @@ def test_a_training_that_really_collapses_leaves_nothing(tmp_path, data, changes
     assert not (run/"anonymizer.safetensors").exists() and not (run/"DONE").exists()
     rows = [r for r in run.metrics() if "health_contrast" in r]
     assert min(rows[-1]["health_contrast"], rows[-1]["health_difference"]) < minimax.CONSTANT_BELOW, "the rows say what was seen"
+
+
+def test_a_training_that_starts_from_one_picture_says_what_was_missing(tmp_path, data):
+    "A copy that was never learnt is no collapse: a smaller rate would not help, and nothing is tried again."
+    run, actions, images = start(tmp_path, data, identity_steps=2, identity_lr=1e-4)
+    with pytest.raises(UserError, match=r"nearly one picture.*before the first step; raise identity_steps \(now 2\)") as error:
+        trainer.train(run, actions, images, progress=False)
+    assert not isinstance(error.value, minimax.CollapseError) and not (run/"anonymizer.safetensors").exists()
 
 
 def scripted(monkeypatch, dead_at):

@@ -44,7 +44,8 @@ def swept(tmp_path_factory, run_job_steps):
 
 def asked(lab):
     "An attacker who learned from raw images and from raw frames (Table 6)"
-    return dict(protocol="table6-pretrained-attacker", data={"vispr1": f"puppets-images:{lab}/data", "vp-ucf101": f"puppets:{lab}/data"})
+    return dict(protocol="table6-pretrained-attacker", tests=("raw-attacker", "raw-attacker-frames"),
+                data={"vispr1": f"puppets-images:{lab}/data", "vp-ucf101": f"puppets:{lab}/data"})
 
 
 def test_a_sweep_runs_every_run_notebook(swept):

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_one_line_that_says_what_to_write(tmp_path, words, line
 @pytest.mark.parametrize("path", [p for p in FIGURES if p.stem != "table3_lambda"] + [ROOT/"nbs/runs/attack.ipynb"], ids=name)
 def test_other_notebooks_refuse_a_typo_too(path, tmp_path):
     "`-p run runs/mine` drew other runs than those that were asked for."
-    wrong, meant = ("runs", "run") if path.stem == "attack" else ("run", "runs")
+    wrong, meant = {"attack": ("runs", "run"), "diagrams": ("outs", "out")}.get(path.stem, ("run", "runs"))
     with pytest.raises(UsageError, match=f"{wrong}: no such parameter; did you mean {meant}?"): first_cell(tmp_path, ["-p", wrong, "runs/mine"], path)
 
 

@@ -56,7 +56,7 @@ def test_without_the_others_negatives_it_is_another_loss(trained):
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
-    s = resolve("smoke", devices=2, steps=12, save_minutes=0.0, precision="fp32", backbone="unet", decoder=(16,), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
+    s = resolve("smoke", devices=2, steps=9, save_minutes=0.0, precision="fp32", backbone="unet", decoder=(16,), action_data=f"puppets:{lab}/data", privacy_data=f"puppets-images:{lab}/data")
     grid.prepare_data(s)
     return lab, s
 
@@ -71,7 +71,7 @@ def test_a_run_on_two_devices_and_killed_midway(lab, monkeypatch):
     straight = RunFolder.create(lab/"straight", s)
     f_A, record = trainer.train_on_devices(straight, show=lambda line: None)
     rows = straight.metrics()
-    assert [r["step"] for r in rows if r["stage"] == "minimax"] == list(range(1, 13)) and record["steps"] == 12
+    assert [r["step"] for r in rows if r["stage"] == "minimax"] == list(range(1, 10)) and record["steps"] == 9
     killed = RunFolder.create(lab/"killed", s)
     code = f"from penaltyanon.train import trainer; from penaltyanon.core.run_folder import RunFolder; trainer.train_on_devices(RunFolder.open({str(killed.path)!r}))"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})

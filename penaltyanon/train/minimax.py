@@ -8,8 +8,9 @@ __all__ = ['CONSTANT_BELOW', 'FEWEST_CLIPS', 'FEWEST_STEPS', 'VARIETY', 'action_
            'make_networks', 'set_mode', 'anonymize_both', 'recognizer_losses', 'clip_and_step', 'penalty_bound',
            'ObjectiveTerms', 'objective_terms', 'output_gradients', 'backward_through_anonymizer', 'anonymizer_step',
            'recognizers_step', 'extra_privacy_step', 'check_finite', 'explain_out_of_memory', 'sample_pixels',
-           'picture_variety', 'measure_health', 'add_health', 'beats_chance', 'find_collapse', 'is_good_look',
-           'CollapseError', 'check_health', 'training_state', 'resume_training', 'run_iteration', 'is_look', 'minimax']
+           'picture_variety', 'measure_health', 'add_health', 'beats_chance', 'find_constant', 'find_collapse',
+           'is_good_look', 'CollapseError', 'check_health', 'training_state', 'resume_training', 'run_iteration',
+           'is_look', 'minimax']
 
 # %% ../../nbs/train/3_minimax.ipynb #373c4f14
 import contextlib, copy, math, time
@@ -421,16 +422,23 @@ def beats_chance(
     chance = health["chance"] / 100
     return health["accuracy"] / 100 > chance + errors * math.sqrt(chance * (1 - chance) / health["clips"])
 
+# %% ../../nbs/train/3_minimax.ipynb #610ef500
+def find_constant(
+    health: dict,  # of `measure_health`
+) -> str:  # "" when there is more than one picture
+    "Whether f_A shows the same picture to all."
+    left = {what: health[name] for name, what in VARIETY.items() if name in health}
+    if min(left.values()) >= CONSTANT_BELOW: return ""
+    said = ", ".join(f"{share:.1%} of raw's {what}" for what, share in left.items())
+    return f"f_A draws nearly one picture, whatever it is shown ({said})"
+
 # %% ../../nbs/train/3_minimax.ipynb #1c995fbd
 def find_collapse(
     health: list[dict],  # all looks so far
 ) -> str:  # "" when there is none
     "Why a training has collapsed."
     now = health[-1]
-    left = {what: now[name] for name, what in VARIETY.items() if name in now}
-    if min(left.values()) < CONSTANT_BELOW:
-        said = ", ".join(f"{share:.1%} of raw's {what}" for what, share in left.items())
-        return f"f_A draws nearly one picture, whatever it is shown ({said})"
+    if find_constant(now): return find_constant(now)
     was_better = any(beats_chance(one, 3.) for one in health[:-2]) and now["clips"] >= FEWEST_CLIPS
     if not was_better or any(beats_chance(one, 1.64) for one in health[-2:]): return ""
     return (f"f_T names {now['accuracy']:.0f} % of the actions on {now['clips']} held-out clips, "
@@ -451,8 +459,10 @@ class CollapseError(UserError):
 
 # %% ../../nbs/train/3_minimax.ipynb #b88aa639
 def check_health(nets: Networks, s: Settings):
-    "Stop a training that has collapsed."
-    why = find_collapse(nets.health)
+    "Stop a training that has collapsed, or that had nothing to start from."
+    unready, why = find_constant(nets.health[0]), find_collapse(nets.health)
+    if why and unready:
+        raise UserError(f"{unready} before the first step; raise identity_steps (now {s.identity_steps}) or identity_lr")
     if why:
         raise CollapseError(f"training collapsed by step {nets.step}: {why}; lower lr_anonymizer "
                             f"(now {nets.opt_A.param_groups[0]['lr']:g}) or weight_privacy, or use another seed")
