@@ -110,7 +110,7 @@ def slurm(tmp_path_factory, processes):
 def cells(tmp_path_factory):
     "Six runs of the smoke preset: every control, three bounds."
     lab = tmp_path_factory.mktemp("data")
-    cells = grid.expand_grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", bootstrap=20, backbone="unet", decoder=[16])
+    cells = grid.expand_grid("smoke", B=(0.3, 0.5, 0.7), action_data=f"puppets:{lab}/d", privacy_data=f"puppets-images:{lab}/d", bootstrap=20, backbone="unet", decoder=[16], identity_steps=60, identity_lr=1e-2)
     grid.prepare_data(cells[0])
     assert len(cells) == 6
     return [replace(s, steps=150, save_minutes=0.02) if s.B == 0.5 else s for s in cells]      # one minimax training long enough to be killed in
