@@ -462,7 +462,8 @@ def check_health(nets: Networks, s: Settings):
     "Stop a training that has collapsed, or that had nothing to start from."
     unready, why = find_constant(nets.health[0]), find_collapse(nets.health)
     if why and unready:
-        raise UserError(f"{unready} before the first step; raise identity_steps (now {s.identity_steps}) or identity_lr")
+        raise UserError(f"{unready} before the first step; "
+                        f"raise identity_steps (now {s.identity_steps}) or identity_lr")
     if why:
         raise CollapseError(f"training collapsed by step {nets.step}: {why}; lower lr_anonymizer "
                             f"(now {nets.opt_A.param_groups[0]['lr']:g}) or weight_privacy, or use another seed")
