@@ -11,7 +11,7 @@ parser.read(root/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lines = lambda key: cfg.get(key, "").split("\n")[1:]
 extras = {k.removesuffix("_requirements"): lines(k) for k in cfg if k.endswith("_requirements")}
-HOLDS = {"export": ["train", "edge"], "run": ["train"], "dev": [k for k in extras if k != "dev"]}   # extras in extras
+HOLDS = {"export": ["train", "edge"], "dp": ["train"], "run": ["train"], "dev": [k for k in extras if k != "dev"]}   # extras in extras
 extras |= {k: sum((extras[e] for e in [k, *held]), []) for k, held in HOLDS.items()}
 
 

@@ -17,6 +17,7 @@ EXTRAS = dict(    # pip extra -> modules that it brings
     edge="onnxruntime",
     export="onnx onnxscript",
     detect="cv2",
+    dp="opacus",
     run="papermill nbconvert nbformat ipykernel submitit")
 PAPER_B = [0.3, 0.5, 0.7, 0.9]
 

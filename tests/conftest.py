@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 
 ROOT = Path(__file__).parents[1]
-WINGS = ("core", "data", "nets", "avatar", "edge", "train", "evaluate", "sweep", "results")     # from the ground up
+WINGS = ("core", "data", "nets", "avatar", "edge", "train", "dp", "evaluate", "sweep", "results")     # from the ground up
 LIBRARY = [nb for wing in WINGS for nb in sorted(ROOT.glob(f"nbs/{wing}/[0-9]_*.ipynb"))]
 RUNS = sorted(ROOT.glob("nbs/runs/*.ipynb"))
 FIGURES = sorted(ROOT.glob("nbs/figures/*.ipynb"))

@@ -6,12 +6,13 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WINGS = ("core", "data", "nets", "avatar", "edge", "train", "evaluate", "sweep", "results")     # from the ground up
+WINGS = ("core", "data", "nets", "avatar", "edge", "train", "dp", "evaluate", "sweep", "results")     # from the ground up
 SAYS = {
     "cli": "the command line",
     "results": "the paper's numbers, figures, tables, the report",
     "sweep": "grids of runs: papermill, a queue, SLURM, status",
     "evaluate": "fresh attackers, protocols, the door to any anonymizer",
+    "dp": "masked differential privacy: tokens, accountants, training with a statement",
     "train": "losses, Algorithm 1, competing methods, the trainer",
     "avatar": "people found and followed, bodies in their place, no PyTorch",
     "edge": "real video without PyTorch: streams, guards, command, ONNX",
