@@ -239,3 +239,14 @@ def test_the_page_says_how_real_clips_were_judged():
     assert len(said) == 6
     for label, *cells in said: assert cells == found.loc[label, ["UCF101 Top-1 % ↑", "VISPR1 cMAP % ↓"]].tolist(), label
     assert all(12 <= float(re.search(r"detectable: ([\d.]+)", cells[0])[1]) <= 18 for _, *cells in said)
+
+
+def test_where_nothing_could_be_measured_within_a_class_the_table_has_a_dash(tmp_path):
+    "Small sets have no pair of one class; their results hold no value, which is a gap and no error."
+    from synthetic import fake_sweep
+    root = fake_sweep(tmp_path/"SYNTHETIC", seeds=(0,))
+    for path in root.glob("*/results.json"):
+        found = json.loads(path.read_text())
+        found["privacy"]["frames"] |= dict(judged=dict(choice="last", of=3, epochs=[3]), within_class=dict(pairs=0, dropped={"gender": "0 negatives"}))
+        path.write_text(json.dumps(found))
+    assert set(report.judging_table(report.load_results(root))["AUC within a class"]) == {"–"}

@@ -256,8 +256,7 @@ def load_results(
     runs = open_runs(root)
     df = pd.DataFrame([flatten_results(run.path) for run in runs])
     df["data"] = name_data([run.settings for run in runs])
-    for name in OPTIONAL_COLUMNS:
-        if name not in df: df[name] = np.nan
+    for name in OPTIONAL_COLUMNS: df[name] = pd.to_numeric(df.get(name, np.nan))   # None, where nothing can be measured
     df["rank"] = df.label.map(label_rank)
     return df.sort_values(["data", "rank", "B", "lam", "seed"], ignore_index=True)
 
