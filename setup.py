@@ -31,7 +31,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     long_description=(root/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["penaltyanon", "penaltyanon.*"]), cmdclass={"build_py": BuildWithNotebooks},
-    package_data={"penaltyanon.data": ["mini.txt"]},
+    package_data={"penaltyanon.data": ["mini.txt"], "penaltyanon.avatar": ["body.npz"]},
     python_requires=f">={cfg['min_python']}", install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]]}, zip_safe=False,
 )
