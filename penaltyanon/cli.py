@@ -551,7 +551,7 @@ def weights_fetch(
 @weights_commands.command("add")
 def weights_add(
     name: Annotated[str, typer.Argument(help="of the list, or your own")],
-    file: Annotated[Path, typer.Argument(help="*.onnx, *.npz, *.safetensors, *.pth, or a TF.js *.json beside its *.bin")],
+    file: Annotated[Path, typer.Argument(help="*.onnx, *.npz, *.safetensors, *.pth, *.tflite, a TF.js *.json beside its *.bin, or the package (*.whl, *.tgz)")],
     allow_licences: AllowLicences = [],
 ):
     "Keep a copy of your own file, converted."

