@@ -250,7 +250,7 @@ def convert_arithmetic(op: TfliteOp, arrays: dict) -> list[dict]:
 # %% ../../nbs/nets/8_tflite.ipynb #cee40454
 def convert_resize(op: TfliteOp, arrays: dict) -> list[dict]:
     "`RESIZE_BILINEAR`."
-    how = dict(align_corners=get_number(op.options, 2, kind="u1"), half_pixel_centers=get_number(op.options, 3, kind="u1"))
+    how = {name: get_number(op.options, i, kind="u1") for i, name in ((2, "align_corners"), (3, "half_pixel_centers"))}
     return [make_node(f"t{op.output}", "ResizeBilinear", [f"t{i}" for i in op.inputs], **how)]
 
 # %% ../../nbs/nets/8_tflite.ipynb #d3e36aae
@@ -296,9 +296,9 @@ def convert_ops(
     nodes = []
     for op in ops:
         spreads = op.kind in (6, 124) and f"t{op.inputs[0]}" in arrays     # DEQUANTIZE, DENSIFY
-        if not spreads and op.kind not in TFLITE_OPS: raise UserError(f"operation {op.kind} is not known to nets.tflite")
         if spreads: arrays[f"t{op.output}"] = arrays[f"t{op.inputs[0]}"]
-        else: nodes += TFLITE_OPS[op.kind](op, arrays)
+        elif op.kind in TFLITE_OPS: nodes += TFLITE_OPS[op.kind](op, arrays)
+        else: raise UserError(f"operation {op.kind} is not known to nets.tflite")
     return nodes
 
 # %% ../../nbs/nets/8_tflite.ipynb #09a32ff5
