@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from ..core.files import UsageError, UserError
+from ..data.detectors import Boxes
 from ..data.video import (CONTAINERS, RGB, StreamInfo, TimeLine, convert_to_rgb, describe_error, open_video,
                                     read_stream_info)
 
@@ -32,6 +33,7 @@ class Frame:
     duration: int    # ticks; 0 = unknown
     info: StreamInfo
     error: str = ""  # why there are no pixels
+    hidden: Boxes | None = None  # where to change it; None = everywhere
 
 # %% ../../nbs/edge/0_streams.ipynb #c008
 def rotate(
