@@ -613,8 +613,8 @@ def anonymize(
     output: Annotated[Path | None, typer.Argument(
         help="file or folder; default beside the input, named -anonymized")] = None,
     model: Annotated[str, typer.Option(
-        help="a method (blur-strong, downsample-4x, ...; @people: only there), "
-             "*.safetensors or *.onnx")] = "blur-strong",
+        help="a method (blur-strong, downsample-4x, ...), *.safetensors or *.onnx; blur-strong@faces, @persons, "
+             "@people or @DETECTOR.onnx: a method where somebody is found, everywhere in a frame where nobody is")] = "blur-strong",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     batch: Annotated[int, typer.Option(help="frames at a time; halved when memory runs out")] = 8,
     height: Annotated[int | None, typer.Option(
@@ -633,6 +633,12 @@ def anonymize(
     workers: Annotated[int, typer.Option(help="files at a time")] = 1,
     strict: Annotated[bool, typer.Option(
         "--strict", help="fail when a folder holds files of a kind that is not known")] = False,
+    widen: Annotated[float, typer.Option(
+        help="with @: added to each side of what is found, as a part of its size, 0 to 2")] = 0.2,
+    carry: Annotated[int, typer.Option(
+        help="with @: frames for which somebody stays hidden after they were last found")] = 12,
+    ahead: Annotated[int, typer.Option(
+        help="with @: frames that wait, so that who is found late is hidden before")] = 4,
     preview: Annotated[Path | None, typer.Option(
         help="also write raw and anonymized side by side here (image or video; holds RAW frames)")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON report; default beside the output")] = None,
@@ -642,7 +648,9 @@ def anonymize(
     from penaltyanon.core.files import UserError
     from penaltyanon.edge import command as deploy
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
-    options = deploy.Options(batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers, strict)
+    regions = deploy.TrackSettings(widen, carry, ahead)
+    options = deploy.Options(
+        batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers, strict, regions)
     outcome = deploy.anonymize(source, output, model, options, device, preview, report)
     print(deploy.closing_line(outcome))
     if not outcome["ok"]:

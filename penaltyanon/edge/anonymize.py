@@ -18,10 +18,12 @@ import numpy as np
 from PIL import Image
 
 from ..core.files import UsageError, UserError, file_hash
+from ..data.detectors import Boxes
 from ..data.video import ANY_IMAGE_SUFFIXES, RGB, StreamInfo, describe_error, hide_secrets, open_video
 from .guards import FrameAnonymizer, OutputExists, SafeRunner, open_output, same_file
 from .images import Picture, load_image, load_picture, save_image, save_picture
 from .streams import Frame, VideoWriter, decode_frames, is_live
+from .tracker import RegionLog, TrackSettings, change_inside, region_stage
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c005
 def _put_item(
@@ -122,6 +124,7 @@ class Options:
     force: bool = False          # replace existing output
     workers: int = 1             # files at a time, >= 1
     strict: bool = False         # files of a folder that are not known make the run fail
+    regions: TrackSettings = TrackSettings()   # where a model acts in boxes only: how far they reach
 
     def __post_init__(self): _check_options(self)
 
@@ -144,7 +147,7 @@ def _check_options(
         raise UsageError(f"on_bad_frame: {options.on_bad_frame!r}; use blank, drop or fail")
 
 # %% ../../nbs/edge/4_anonymize.ipynb #cd098fb5
-STAGES = ("decode", "anonymize", "encode")
+STAGES = ("decode", "detect", "anonymize", "encode")
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c017
 @dataclass
@@ -161,7 +164,7 @@ class FrameCounts:
 def time_stage(
     items: Iterator,
     counts: FrameCounts,  # its `seconds` grow
-    stage: str,  # decode, anonymize or encode
+    stage: str,  # of STAGES
 ) -> Iterator:  # over the same items
     "Note an iterator's time, without its reader's."
     while True:
@@ -180,7 +183,7 @@ def _anonymized_frame(
 ) -> Frame:
     "A new frame around the result, or around the error."
     if isinstance(result, Exception): return replace(frame, rgb=None, error=describe_error(result))
-    out = smoother(result)
+    out = change_inside(frame.rgb, smoother(result), frame.hidden)
     flicker.add(frame.rgb, out)
     return replace(frame, rgb=out)
 
@@ -256,6 +259,7 @@ class _FileRun:
     notes: list = field(default_factory=list)  # what is missing from the file
     remarks: list = field(default_factory=list)  # what else a user should know
     early: list = field(default_factory=list)  # sound that came before the first frame
+    regions: RegionLog = field(default_factory=RegionLog)  # what the detector found
     info: StreamInfo | None = None             # of the input, once a video of it is complete
     began: float = field(default_factory=time.perf_counter)
 
@@ -269,6 +273,8 @@ def _start_stages(
     audio_for = run.target.suffix.lower() if options.keep_audio else ""
     decoded = decode_frames(run.source, options.height, audio_for, run.notes, run.remarks, run.stop.is_set)
     raw = background_stage(time_stage(decoded, counts, "decode"), batch)
+    detect = run.runner.model.detect
+    if detect: raw = background_stage(region_stage(raw, detect, options.regions, run.regions), batch)
     return background_stage(inference_stage(raw, run.runner, options, counts, run.flicker), batch)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c026
@@ -277,6 +283,14 @@ def _count_packets(
 ) -> int:
     "How many frames a video holds, by its packets."
     with open_video(path) as (container, stream): return sum(bool(packet.size) for packet in container.demux(stream))
+
+# %% ../../nbs/edge/4_anonymize.ipynb #411da82e
+def _note_regions(
+    run: _FileRun,
+) -> None:
+    "What the detector took, and what a user should know of it."
+    run.counts.seconds["detect"] = run.regions.seconds
+    run.remarks += run.regions.remarks()
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c028
 def _finish_video(
@@ -297,6 +311,7 @@ def _finish_video(
         raise UserError(f"{run.source}: {found} of {writer.count} frames arrived in the output; try another --codec")
     run.info = writer.input_info
     run.remarks += writer.remarks
+    _note_regions(run)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #9618c863
 def _is_given_up(
@@ -367,13 +382,27 @@ def _shrink_image(
 def _anonymize_still(
     run: _FileRun,
     rgb: RGB,
+    boxes: Boxes | None = None,  # pixels of the frame; None = everywhere
 ) -> RGB:  # of the same size
     "One frame that is not part of a film."
     small, began = _shrink_image(rgb, run.options.height), time.perf_counter()
     result = run.runner(small[None])[0]
     run.counts.seconds["anonymize"] += time.perf_counter() - began
     if isinstance(result, Exception): raise UserError(f"{run.source}: {describe_error(result)}; nothing was written")
-    return _resize_image(result, *rgb.shape[:2])
+    return change_inside(rgb, _resize_image(result, *rgb.shape[:2]), boxes)
+
+# %% ../../nbs/edge/4_anonymize.ipynb #a0aa61be
+_STILL = StreamInfo(1, 1, 1, 1)  # of a frame that is part of no film
+
+
+def _mark_regions(
+    frames: list[Frame],
+    model: FrameAnonymizer,
+    options: Options,
+    log: RegionLog,  # is written to
+) -> list[Frame]:
+    "Frames with the boxes that a model is to change; everywhere, where it has no detector."
+    return list(region_stage(frames, model.detect, options.regions, log)) if model.detect else frames
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c031
 def _anonymize_image(
@@ -383,11 +412,14 @@ def _anonymize_image(
     picture = load_picture(run.source)
     run.remarks += picture.remarks
     run.counts.frames_in = len(picture.frames)
-    frames = [_anonymize_still(run, rgb) for rgb in picture.frames]
+    stills = [Frame(rgb, i, 1, _STILL) for i, rgb in enumerate(picture.frames)]
+    marked = _mark_regions(stills, run.runner.model, run.options, run.regions)
+    frames = [_anonymize_still(run, frame.rgb, frame.hidden) for frame in marked]
     alpha = [_anonymize_still(run, np.dstack([a] * 3)).mean(2).round().astype(np.uint8) for a in picture.alpha]
     with open_output(run.target, run.options.force) as file:
         save_picture(file, run.target.suffix.lower(), Picture(frames, alpha, picture.durations))
     run.counts.frames_out = len(frames)
+    _note_regions(run)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #b7e9ee06
 def _describe_appearance(
@@ -466,7 +498,7 @@ def _first_frames(
 ) -> list[Frame]:
     "The frames of the first seconds, at most 241."
     if Path(source).suffix.lower() in ANY_IMAGE_SUFFIXES:
-        return [Frame(load_image(source), 0, 0, StreamInfo(1, 1, 1, 1))]
+        return [Frame(load_image(source), 0, 0, _STILL)]
     found = []
     for frame in decode_frames(source, height):
         if found and (frame.pts - found[0].pts) * frame.info.time_base > seconds or len(found) > 240: break
@@ -480,7 +512,7 @@ def _beside_raw(
 ) -> RGB:  # (h, 2 w, 3)
     "A raw frame, and to the right what is made of it; black where that fails."
     result = runner(frame.rgb[None])[0]
-    if isinstance(result, Exception): result = np.zeros_like(frame.rgb)
+    result = np.zeros_like(frame.rgb) if isinstance(result, Exception) else change_inside(frame.rgb, result, frame.hidden)
     return np.concatenate([frame.rgb, result], 1)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c046
@@ -510,6 +542,7 @@ def write_preview(
     "Raw and anonymized side by side. Holds raw frames: delete it afterwards."
     target, frames = Path(target), _first_frames(source, options.height or 360, seconds)
     if not frames: raise UserError(f"{source}: not one frame could be decoded; fetch the file again")
+    frames = _mark_regions(frames, model, options, RegionLog())
     target.parent.mkdir(parents=True, exist_ok=True)
     runner, suffix = SafeRunner(model, options.batch), target.suffix.lower()
     with open_output(target, options.force) as file:

@@ -10,7 +10,7 @@ __all__ = ['DEFAULT_MODEL', 'SUMMED_KEYS', 'torch_runner', 'check_model_file', '
 # %% ../../nbs/edge/7_command.ipynb #c002
 import glob, hashlib, json, os, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from ..core.files import UsageError, UserError, file_hash, nearest, write_json
 from ..core.machine import resolve_device
 from ..core.settings import MODEL_SUFFIXES
 from ..data.video import ANY_IMAGE_SUFFIXES, ANY_VIDEO_SUFFIXES, CONTAINERS, hide_secrets
+from ..data.detectors import find_detector_file, open_detector
 from .anonymize import STAGES, Options, anonymize_file, write_preview
 from .guards import FrameAnonymizer, check_changes, list_files, safe_target, same_file
 from .operations import CLOSED_FORMS, closed_form
 from .streams import is_live
+from .tracker import TrackSettings
 
 # %% ../../nbs/edge/7_command.ipynb #c005
 DEFAULT_MODEL = "blur-strong"
@@ -130,29 +132,44 @@ def _open_checkpoint(
 def _open_closed_form(
     name: str,  # of CLOSED_FORMS
 ) -> FrameAnonymizer:
-    "A closed-form method on the whole frame, without PyTorch, checked."
+    "A closed-form method on the whole frame, without PyTorch."
     card = {"device": "cpu", "method": name, "where": "full-frame"}
-    model = FrameAnonymizer(closed_form(name), name, card=card, label=lambda: f"{name} (full-frame)")
-    check_changes(model)
-    return model
+    return FrameAnonymizer(closed_form(name), name, card=card, label=lambda: f"{name} (full-frame)")
 
-# %% ../../nbs/edge/7_command.ipynb #969d4dc6
+# %% ../../nbs/edge/7_command.ipynb #7baeefdc
+def _open_on_device(
+    name: str,    # of CLOSED_FORMS
+    device: str,  # of `resolve_device`
+) -> FrameAnonymizer:
+    "A closed-form method on the whole frame, in PyTorch."
+    try: from penaltyanon.nets.obfuscation import open_obfuscation
+    except ImportError as e:
+        raise UserError(f"{name}: needs PyTorch on {device} ({e}); install penaltyanon[train]") from None
+    return _wrap_network(open_obfuscation(name), name, device, card={"method": name, "where": "full-frame"})
+
+# %% ../../nbs/edge/7_command.ipynb #b19a75c2
+def _act_in_regions(
+    model: FrameAnonymizer,
+    regions: str,  # people, faces, persons or FILE.onnx
+) -> FrameAnonymizer:
+    "The same model, where a detector finds somebody."
+    path = find_detector_file(regions)
+    where, name = Path(regions).name, f"{model.name}@{regions}"
+    card = {**model.card, "where": where, "detector_sha256": file_hash(path) if path and path.is_file() else None}
+    return replace(model, name=name, card=card, label=lambda: f"{model.name} ({where})", detect=open_detector(regions))
+
+# %% ../../nbs/edge/7_command.ipynb #3f42773b
 def _open_method(
-    spec: str,    # blur-strong, pixelate@people, ...
+    spec: str,    # blur-strong, pixelate@faces, ...
     device: str,  # of `resolve_device`
 ) -> FrameAnonymizer:
     "A closed-form method, checked."
-    if spec in CLOSED_FORMS and device in ("auto", "cpu"): return _open_closed_form(spec)
-    try: from penaltyanon.nets.obfuscation import OBFUSCATIONS, open_obfuscation
-    except ImportError as e:
-        raise UserError(f"{spec}: needs PyTorch ({e}); install penaltyanon with it, or give an .onnx file") from None
-    if spec.partition("@")[0] not in OBFUSCATIONS:
-        raise UsageError(f"model {spec!r}: no such file or method; did you mean {nearest(spec, OBFUSCATIONS)!r}")
-    net = open_obfuscation(spec)
-    model = _wrap_network(net, spec, device, card={"method": spec, "where": net.where})
+    name, _, regions = spec.partition("@")
+    if name not in CLOSED_FORMS:
+        raise UsageError(f"model {spec!r}: no such file or method; did you mean {nearest(name, CLOSED_FORMS)!r}")
+    model = _open_closed_form(name) if device in ("auto", "cpu") else _open_on_device(name, device)
     check_changes(model)
-    net.frames = net.fallback = 0    # the probe does not count
-    return model
+    return _act_in_regions(model, regions) if regions not in ("", "whole") else model
 
 # %% ../../nbs/edge/7_command.ipynb #125a685b
 def _names_a_file(

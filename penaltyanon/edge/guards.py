@@ -31,6 +31,7 @@ class FrameAnonymizer:
     card: dict = field(default_factory=dict)  # how it was made
     label: Callable | None = None   # () -> the name with what it found on the way; None = the name alone
     on_cpu: Callable | None = None  # () -> the same function without the accelerator; None = it has none
+    detect: Callable | None = None  # a frame to boxes: it acts there only; None = everywhere
 
 # %% ../../nbs/edge/2_guards.ipynb #c014
 def check_output(
