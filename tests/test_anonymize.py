@@ -474,11 +474,12 @@ def test_the_command_with_no_options(tmp_path, call):
 def test_the_command_with_every_option(tmp_path, call):
     film(tmp_path/"in.mp4", numbered(N, 64, 96), sound=True)
     code, out, err = call("in.mp4", "out.mkv", "--model", "pixelate", "--device", "cpu", "--preview", "look.png", "--smooth", 0.3, "--crf", 30, "--codec", "hevc", "--height", 32, "--batch", 3, "--workers", 2,
-                          "--keep-audio", "--force", "--on-bad-frame", "drop", "--report", "r.json")
+                          "--keep-audio", "--force", "--on-bad-frame", "drop", "--widen", 0.1, "--carry", 3, "--ahead", 2, "--report", "r.json")
     assert code == 0, err
     with av.open("out.mkv") as video: assert [s.codec_context.name for s in video.streams] == ["hevc", "aac"]
     report = json.loads(Path("r.json").read_text())
-    assert report["options"] == dict(batch=3, height=32, codec="hevc", crf=30, keep_audio=True, on_bad_frame="drop", smooth=0.3, force=True, workers=2, strict=False) and report["model"]["name"] == "pixelate"
+    assert report["options"] == dict(batch=3, height=32, codec="hevc", crf=30, keep_audio=True, on_bad_frame="drop", smooth=0.3, force=True, workers=2, strict=False,
+                                     regions=dict(widen=0.1, carry=3, ahead=2)) and report["model"]["name"] == "pixelate"
     assert np.asarray(Image.open("look.png")).shape == (32, 96, 3)
 
 

@@ -248,7 +248,7 @@ def face_detector(
     "Faces by CenterFace."
     session = open_detector_session(path)
     shapes = [answer.shape[1] for answer in _try_detector(session, [32, 32], path)]
-    if shapes != [1, 2, 2, 10]: raise UserError(f"{path}: is not CenterFace (answers with {shapes} maps); fetch it again")
+    if shapes != [1, 2, 2, 10]: raise UserError(f"{path}: is not CenterFace ({shapes} maps); fetch it again")
     entry = session.get_inputs()[0].name
     def detect(rgb):
         image, scale = _scale_for_faces(rgb, short)

@@ -512,8 +512,8 @@ def _beside_raw(
 ) -> RGB:  # (h, 2 w, 3)
     "A raw frame, and to the right what is made of it; black where that fails."
     result = runner(frame.rgb[None])[0]
-    result = np.zeros_like(frame.rgb) if isinstance(result, Exception) else change_inside(frame.rgb, result, frame.hidden)
-    return np.concatenate([frame.rgb, result], 1)
+    if isinstance(result, Exception): result = np.zeros_like(frame.rgb)
+    return np.concatenate([frame.rgb, change_inside(frame.rgb, result, frame.hidden)], 1)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c046
 def _write_preview(
