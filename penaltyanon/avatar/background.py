@@ -65,12 +65,12 @@ def is_same_color(
 # %% ../../nbs/avatar/3_background.ipynb #1b632f17
 def share_hidden_alike(
     frames: Clip,
-    hidden: ClipMask,
+    people: ClipMask,  # where people are, without a margin
     image: Image8,  # of `median_image`
-) -> Float[np.ndarray, "h w"]:  # 0..1; 0 where a pixel is hidden in less than a tenth of the frames, or in less than 3
-    "In how many of its hidden frames a pixel looks like the background."
-    alike = sum((mask & is_same_color(frame, image)).astype(np.int32) for frame, mask in zip(frames, hidden))
-    times = hidden.sum(0)
+) -> Float[np.ndarray, "h w"]:  # 0..1; 0 where a person is in less than a tenth of the frames, or in less than 3
+    "In how many of the frames that have a person there a pixel looks like the background."
+    alike = sum((mask & is_same_color(frame, image)).astype(np.int32) for frame, mask in zip(frames, people))
+    times = people.sum(0)
     often = times >= max(LEAST_FRAMES, 0.1 * len(frames))
     return np.where(often, alike / np.maximum(times, 1), 0)
 
@@ -88,11 +88,11 @@ def drop_thin_lines(
 # %% ../../nbs/avatar/3_background.ipynb #0a8ead9e
 def find_missed(
     frames: Clip,
-    hidden: ClipMask,
+    people: ClipMask,  # where people are, without a margin
     image: Image8,  # of `median_image`
 ) -> ImageMask:
     "Where the background may be a person whom the masks missed in some frames."
-    suspicious = share_hidden_alike(frames, hidden, image) > 0.5
+    suspicious = share_hidden_alike(frames, people, image) > 0.5
     missed = drop_thin_lines(suspicious, max(3, image.shape[0] // 40))
     disc = np.ones((7, 7), np.uint8)
     return load_opencv().dilate(missed.astype(np.uint8), disc).astype(bool) if missed.any() else missed
@@ -230,16 +230,20 @@ def choose_samples(
 def make_plate(
     frames: Clip,
     hidden: ClipMask,  # must not be shown
+    people: ClipMask | None = None,  # where people are, without a margin; None = as hidden
 ) -> Plate:
     "The background behind everybody."
-    moves = find_moves(frames, hidden)
-    picked = choose_samples(frames)
+    moves, picked = find_moves(frames, hidden), choose_samples(frames)
     samples, masks = frames[picked], hidden[picked]
-    if moves: samples, masks = hold_still(samples, masks, [moves[k] for k in picked])
+    bodies = masks if people is None else people[picked]
+    if moves:
+        placed = [moves[k] for k in picked]
+        bodies = ~hold_still(samples, ~bodies, placed)[1]
+        samples, masks = hold_still(samples, masks, placed)
     image = median_image(samples, masks)
-    missed = find_missed(samples, masks, image)
-    seen = find_trusted(masks) & ~missed
+    missed = find_missed(samples, bodies, image)
     motion = measure_motion(moves, frames.shape[1:3]) if moves else 0.0
+    seen = find_trusted(masks) & ~missed
     return Plate(inpaint(image, ~seen), seen, missed, moves, motion)
 
 # %% ../../nbs/avatar/3_background.ipynb #a00c4c59
