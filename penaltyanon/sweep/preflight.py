@@ -6,8 +6,8 @@
 __all__ = ['Need', 'raise_missing', 'FoundData', 'puppet_counts', 'find_data', 'find_sets', 'find_weights', 'weights_needed',
            'find_programs', 'find_devices', 'Sizes', 'count_parameters', 'run_bytes', 'in_words', 'find_room',
            'data_bytes', 'available_memory', 'find_memory', 'Costs', 'measured_batch', 'take_sample', 'time_call',
-           'peak_memory', 'measure_costs', 'Hours', 'project_hours', 'Preflight', 'total_hours', 'in_hours',
-           'preflight_table', 'find_networks', 'find_all_networks', 'look_ahead']
+           'peak_memory', 'measure_costs', 'Hours', 'project_hours', 'Preflight', 'kind_of_run', 'total_hours',
+           'in_hours', 'preflight_table', 'find_networks', 'find_all_networks', 'look_ahead']
 
 # %% ../../nbs/sweep/5_preflight.ipynb #8f539f77
 import importlib.util
@@ -410,7 +410,7 @@ class Preflight:
     todo: list[Job]              # what is done has the state `already done`
     needs: list[Need]
     at_once: int = 1             # runs
-    hours: Hours | None = None   # None: not measured
+    hours: dict[str, Hours] = field(default_factory=dict)   # of each of `kind_of_run`; empty: not measured
     note: str = ""               # how it was measured, or why it was not
     left = property(lambda self: [job for job in self.todo if job.state == "waiting"])
     to_train = property(lambda self: [job for job in self.left if _needs_training(job)])
@@ -421,13 +421,23 @@ def _needs_training(job: Job) -> bool:
     "Whether a run has no weights yet and is to have some."
     return job.settings.method in TRAINED_METHODS and not (job.path/"anonymizer.safetensors").exists()
 
+# %% ../../nbs/sweep/5_preflight.ipynb #7f7beb63
+def kind_of_run(
+    job: Job,
+) -> str:     # e.g. spact-unet
+    "Runs of one kind cost the same: method and backbone."
+    return f"{job.settings.method}-{job.settings.backbone}"
+
 # %% ../../nbs/sweep/5_preflight.ipynb #42061ac2
 def total_hours(
     plan: Preflight,   # measured
 ) -> float:
     "All that is left, one after the other."
-    h, trained = plan.hours, len(plan.to_train)
-    return h.start * plan.starts + h.training * trained + h.evaluation * len(plan.left)
+    of, starts = plan.hours, [jobs[0] for start, jobs in group_by_start(plan.left).items() if start]
+    least = min(of.values(), key=lambda h: h.evaluation)    # of a run without networks
+    hours = [of[kind_of_run(job)].start for job in starts]
+    hours += [of[kind_of_run(job)].training for job in plan.to_train]
+    return sum(hours) + sum(of.get(kind_of_run(job), least).evaluation for job in plan.left)
 
 # %% ../../nbs/sweep/5_preflight.ipynb #550a817e
 def in_hours(
@@ -437,14 +447,22 @@ def in_hours(
     if hours < 0.1: return f"{60 * hours:.2g} min"
     return f"{hours:.3g} h" if hours < 48 else f"{hours:.3g} h ({hours / 24:.2g} days)"
 
+# %% ../../nbs/sweep/5_preflight.ipynb #1535d2e3
+def _span(
+    hours: list[float],   # of several kinds of runs
+) -> str:
+    "From the shortest to the longest."
+    shortest, longest = in_hours(min(hours)), in_hours(max(hours))
+    return longest if shortest == longest else f"{shortest} to {longest}"
+
 # %% ../../nbs/sweep/5_preflight.ipynb #ffc6cbda
 def _hours_row(
     plan: Preflight,
 ) -> tuple[str, str, str]:   # as the other rows
     "The projection in words."
-    if plan.hours is None: return "hours", "projection", plan.note or "not measured"
-    h, total = plan.hours, total_hours(plan)
-    start, training, judging = map(in_hours, (h.start, h.training, h.evaluation))
+    if not plan.hours: return "hours", "projection", plan.note or "not measured"
+    of, total = plan.hours.values(), total_hours(plan)
+    start, training, judging = (_span([getattr(h, part) for h in of]) for part in ("start", "training", "evaluation"))
     each = f"{start} for a start, {training} to train, {judging} to judge a run; {plan.note}"
     best = f", {in_hours(total / plan.at_once)} at best with {plan.at_once} at once" if plan.at_once > 1 else ""
     return "hours", "projection", f"{in_hours(total)} one after the other{best}: {each}"
@@ -530,16 +548,18 @@ def _project(
     "Measure, where something is to be trained and the data are there."
     if any(need.problem for need in plan.needs): return replace(plan, note="not measured: something is missing")
     if not plan.to_train: return replace(plan, note="nothing to train")
-    s = plan.to_train[0].settings
-    try: costs, has_labels = _measure(plan.to_train[0], found)
+    s, kinds = plan.to_train[0].settings, {kind_of_run(job): job for job in reversed(plan.to_train)}
+    try: measured = {kind: _measure(job, found) for kind, job in kinds.items()}
     except Exception as e:
         if not is_out_of_memory(e): raise
         line = f"memory: a batch of batch_clips={s.batch_clips}, batch_images={s.batch_images} does not fit; lower them"
         return replace(plan, needs=[*plan.needs, Need("memory", "a batch", "too little", line)])
-    hours = project_hours(s, costs, found[0].counts, found[1].counts, has_labels, found[1].kind)
+    counts = found[0].counts, found[1].counts
+    hours = {kind: project_hours(kinds[kind].settings, costs, *counts, has_labels, found[1].kind)
+             for kind, (costs, has_labels) in measured.items()}
     needs = [need for need in plan.needs if need.kind != "memory"]
-    memory = find_memory(costs.memory, plan.at_once, True)
-    return replace(plan, needs=[*needs, memory], hours=hours, note=costs.note)
+    memory = find_memory(max(costs.memory for costs, _ in measured.values()), plan.at_once, True)
+    return replace(plan, needs=[*needs, memory], hours=hours, note=next(iter(measured.values()))[0].note)
 
 # %% ../../nbs/sweep/5_preflight.ipynb #e798d803
 def _find_all(
