@@ -78,7 +78,7 @@ def plan_steps(
 # %% ../../nbs/dp/4_plan.ipynb #5e06b84f
 def settle_plan(plan: MaskPlan, records: int, sensitive: int) -> NoisySteps:
     "Rate, steps and noise; where nothing is sensitive, the noise is only a number that nobody uses."
-    steps = plan_steps(plan, records, max(1, sensitive))
+    steps = plan_steps(plan, records, sensitive or records)
     if sensitive and plan.delta >= 1/sensitive:
         raise UsageError(f"delta={plan.delta}: give less than 1/{sensitive}, or one whole record may be given away")
     if plan.target_epsilon is None or not sensitive: return steps
@@ -88,10 +88,11 @@ def settle_plan(plan: MaskPlan, records: int, sensitive: int) -> NoisySteps:
 # %% ../../nbs/dp/4_plan.ipynb #8af74857
 def count_epsilons(plan: MaskPlan, steps: NoisySteps) -> dict[str, float]:
     "eps of steps that were made, by every accountant that holds for them; `claimed` is the plan's."
-    claimed = choose_accountant(plan.sampling, plan.adjacency, plan.accountant)(steps, plan.delta)
-    if (plan.sampling, plan.adjacency) != ("independent", "zero_out"): return dict(claimed=claimed)
+    if (plan.sampling, plan.adjacency) != ("independent", "zero_out"):
+        return dict(claimed=choose_accountant(plan.sampling, plan.adjacency)(steps, plan.delta))
     several = dict(formula=formula_epsilon, rdp=rdp_epsilon, prv=prv_epsilon, pld=pld_epsilon)
-    return dict(claimed=claimed) | {name: f(steps, plan.delta) for name, f in several.items()}
+    counted = {name: f(steps, plan.delta) for name, f in several.items()}
+    return dict(claimed=counted[plan.accountant]) | counted
 
 # %% ../../nbs/dp/4_plan.ipynb #4660e63a
 OUTSIDE = (

@@ -123,11 +123,20 @@ def public_loss(net: nn.Module, records: TokenRecords, divisor: float) -> Float[
     return losses.sum()/clips/divisor
 
 # %% ../../nbs/dp/3_residuals.ipynb #351da5c8
-def public_gradient(net: nn.Module, records: TokenRecords, divisor: float) -> tuple[dict[str, Tensor], float]:
-    "Gradient and value of `public_loss`."
-    weights = trainable(net)
-    loss = public_loss(net, records, divisor)
-    return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]))), loss.item()
+def public_gradient(
+    net: nn.Module,
+    records: TokenRecords,
+    divisor: float,
+    chunk: int = 512,         # records at a time
+) -> tuple[dict[str, Tensor], float]:
+    "Gradient and value of `public_loss`, summed chunk by chunk; zeros when there is no record."
+    weights, value = trainable(net), 0.
+    total = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for start in range(0, len(records), chunk):
+        loss = public_loss(net, records[start:start + chunk], divisor)
+        for sum_, g in zip(total.values(), torch.autograd.grad(loss, [*weights.values()])): sum_ += g
+        value += loss.item()
+    return total, value
 
 # %% ../../nbs/dp/3_residuals.ipynb #17200ed5
 def _explain_layer(layer: nn.Module) -> str | None:
