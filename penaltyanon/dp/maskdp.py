@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chance', 'make_chance', 'draw_poisson', 'PublicBatches', 'sum_weights', 'hash_public', 'MaskedTraining',
            'start_training', 'draw_records', 'add_noise', 'private_part', 'public_part', 'plan_record', 'charge_step',
-           'open_ledger', 'check_start', 'changed_between', 'make_step', 'training_state', 'restore_training',
+           'open_ledger', 'check_start', 'changed_between', 'make_step', 'private_state', 'restore_training',
            'steps_left', 'spent_epsilon', 'state_privacy', 'run_training', 'MaskDP', 'make_maskdp']
 
 # %% ../../nbs/dp/5_maskdp.ipynb #374db673
@@ -203,7 +203,7 @@ def make_step(t: MaskedTraining) -> float:
     return loss
 
 # %% ../../nbs/dp/5_maskdp.ipynb #93cc5308
-def training_state(t: MaskedTraining) -> dict:
+def private_state(t: MaskedTraining) -> dict:
     "What the next step depends on."
     state = dict(net=t.net.state_dict(), optimizer=t.optimizer.state_dict(), made=t.made, charged=t.charged,
                  order=t.batches.order, at=t.batches.at, plan=asdict(t.plan), public=t.public)
@@ -260,7 +260,7 @@ def run_training(t: MaskedTraining, folder: str | Path | None, save_steps: int, 
     for _ in tqdm(range(steps_left(t)), "maskdp", disable=not progress):
         losses.append(make_step(t))
         if folder and (t.made % save_steps == 0 or not steps_left(t)):
-            atomic_write(checkpoint, pack_checkpoint(training_state(t)))
+            atomic_write(checkpoint, pack_checkpoint(private_state(t)))
     return losses
 
 # %% ../../nbs/dp/5_maskdp.ipynb #6181ac1e
