@@ -5,9 +5,15 @@ from conftest import SHARED, python
 from penaltyanon.avatar.blazepose import BlazePose
 from penaltyanon.nets.catalog import find_kept
 
-needs_weights = pytest.mark.skipif(not find_kept("blazepose"), reason="no weights here: penaltyanon weights fetch blazepose")
+WEIGHTS = find_kept("blazepose")        # of the user who runs the tests, not of the tests' own empty cache
+needs_weights = pytest.mark.skipif(not WEIGHTS, reason="no weights here: penaltyanon weights fetch blazepose")
 needs_litert = pytest.mark.skipif(not find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed: pip install 'penaltyanon[avatar]'")
 needs_clips = pytest.mark.skipif(not (SHARED/"ucf101-mini").is_dir(), reason="no ../shared/data/ucf101-mini here")
+
+
+@pytest.fixture(autouse=True)
+def the_users_weights(monkeypatch):
+    if WEIGHTS: monkeypatch.setenv("PENALTYANON_WEIGHTS", str(WEIGHTS.parents[1]))
 
 
 def read_frames(name, count):
