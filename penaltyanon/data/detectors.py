@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Boxes', 'Detector', 'DETECTOR_FILES', 'DETECTOR_WORDS', 'grow_box', 'as_boxes', 'fill_boxes', 'resize_frame',
-           'hog_detector', 'open_detector_session', 'onnx_detector', 'box_overlap', 'suppress_boxes', 'face_detector',
-           'find_detector_file', 'open_detector']
+           'hog_detector', 'open_detector_session', 'onnx_detector', 'box_overlap', 'suppress_boxes', 'free_frame_size',
+           'face_detector', 'find_detector_file', 'open_detector']
 
 # %% ../../nbs/data/9_detectors.ipynb #cd4a87b3
 import math
@@ -111,6 +111,7 @@ def hog_detector(
 # %% ../../nbs/data/9_detectors.ipynb #a26669c1
 def open_detector_session(
     path: str | Path,  # an ONNX file
+    change: Callable[[bytes], bytes] = bytes,  # of its content
 ):  # a session of onnxruntime
     "An ONNX file on the CPU; what is missing is one clear line."
     try:
@@ -118,8 +119,11 @@ def open_detector_session(
     except ImportError as e:
         raise UserError(f"{path}: onnxruntime is not installed; pip install 'penaltyanon[edge]'") from e
     if not Path(path).is_file(): raise UserError(f"{path}: no such file; give an ONNX detector")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
     try:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        data = change(Path(path).read_bytes())
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise UserError(f"{path}: not a readable ONNX file ({type(e).__name__})") from e
 
@@ -228,6 +232,54 @@ def _read_face_maps(
     half = 2 * np.exp(size[(slice(None), *at)].T)
     return np.concatenate([middle - half, middle + half], 1)[:, [1, 0, 3, 2]], heat[at]
 
+# %% ../../nbs/data/9_detectors.ipynb #de1038d3
+def _read_varint(
+    data: bytes,
+    at: int,  # where it begins
+) -> tuple[int, int]:  # the number; where it ends
+    "A number of seven bits in each byte, least first."
+    end = at
+    while data[end] & 128: end += 1
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(data[at:end + 1])), end + 1
+
+# %% ../../nbs/data/9_detectors.ipynb #24e2fbac
+def _list_fields(
+    data: bytes,
+    start: int,
+    end: int,
+):  # (its number, where it begins, where its content begins, where it ends)
+    "The fields of a message."
+    while start < end:
+        tag, body = _read_varint(data, start)
+        size = {0: _read_varint(data, body)[1] - body, 1: 8, 5: 4}.get(tag & 7, 0)
+        if tag & 7 == 2: size, body = _read_varint(data, body)
+        yield tag >> 3, start, body, body + size
+        start = body + size
+
+# %% ../../nbs/data/9_detectors.ipynb #045492b2
+def _find_fields(
+    data: bytes,
+    path: tuple[int, ...],  # numbers of fields, from the outside in
+    start: int = 0,
+    end: int | None = None,  # None = of the data
+) -> list[tuple[int, int, int]]:  # where each begins, where its content begins, where it ends
+    "All fields of a path."
+    fields = _list_fields(data, start, len(data) if end is None else end)
+    found = [where for number, *where in fields if number == path[0]]
+    if len(path) == 1: return [tuple(where) for where in found]
+    return [inner for _, body, stop in found for inner in _find_fields(data, path[1:], body, stop)]
+
+# %% ../../nbs/data/9_detectors.ipynb #81ae7b73
+def free_frame_size(
+    data: bytes,  # of an ONNX file whose first input is the frame
+) -> bytes:
+    "The same file for frames of any size, with its weights among its inputs no more."
+    changed, inputs, dimensions = bytearray(data), _find_fields(data, (7, 11)), (2, 1, 2, 1, 1)
+    for _, body, end in [*inputs[:1], *_find_fields(data, (7, 12))]:
+        for at, _, _ in _find_fields(data, dimensions, body, end): changed[at] = 4 << 3  # a number that nobody knows
+    for at, _, _ in inputs[1:]: changed[at] = 9 << 3 | 2
+    return bytes(changed)
+
 # %% ../../nbs/data/9_detectors.ipynb #d0390549
 def _scale_for_faces(
     rgb: RGB,
@@ -246,7 +298,7 @@ def face_detector(
     short: int = 480,  # side that frames are brought to, pixels
 ) -> Detector:
     "Faces by CenterFace."
-    session = open_detector_session(path)
+    session = open_detector_session(path, free_frame_size)
     shapes = [answer.shape[1] for answer in _try_detector(session, [32, 32], path)]
     if shapes != [1, 2, 2, 10]: raise UserError(f"{path}: is not CenterFace ({shapes} maps); fetch it again")
     entry = session.get_inputs()[0].name
