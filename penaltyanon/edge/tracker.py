@@ -237,10 +237,10 @@ class RegionTracker:
             entry[1] = np.concatenate([entry[1], late])
 
     def release(self,
-        ahead: int,  # frames that stay; -1 = none, and no packet either
+        ahead: int,  # frames that stay
     ) -> Iterator:  # frames with their boxes, and packets, in their order
         n = sum(isinstance(entry[0], Frame) for entry in self.waiting)
-        while self.waiting and n > ahead:
+        while self.waiting and (n > ahead or not isinstance(self.waiting[0][0], Frame)):
             entry = self.waiting.popleft()
             n -= isinstance(entry[0], Frame)
             yield _close_frame(*entry, self.log) if isinstance(entry[0], Frame) else entry[0]
@@ -272,7 +272,7 @@ def region_stage(
         if isinstance(item, Frame): regions.add(item)
         else: regions.waiting.append([item])
         yield from regions.release(settings.ahead)
-    yield from regions.release(-1)
+    yield from regions.release(0)
 
 # %% ../../nbs/edge/3_tracker.ipynb #f694f847
 def change_inside(
