@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'EARLY_PACKETS', 'background_stage', 'Flicker', 'Smoother', 'Options', 'FrameCounts', 'time_stage',
-           'inference_stage', 'anonymize_file', 'write_preview']
+           'inference_stage', 'HoldBack', 'anonymize_file', 'write_preview']
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c002
 import os, queue, threading, time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,10 +18,14 @@ import av
 import numpy as np
 from PIL import Image
 
-from ..core.files import UsageError, UserError, file_hash
+from ..avatar.compose import FILLED, FILMED, ComposedFrame, Provenance, ProvenanceWriter
+from ..avatar.preview import draw_preview, make_manifest
+from ..avatar.windows import PeopleReplacer, summarize_counts
+from ..core.files import UsageError, UserError, atomic_path, file_hash, write_json
 from ..data.detectors import Boxes
 from ..data.video import ANY_IMAGE_SUFFIXES, RGB, StreamInfo, describe_error, hide_secrets, open_video
-from .guards import FrameAnonymizer, OutputExists, SafeRunner, open_output, same_file
+from .guards import (FrameAnonymizer, OutputExists, SafeRunner, check_output, fit_name, open_output,
+                                     same_file)
 from .images import Picture, load_image, load_picture, save_image, save_picture
 from .streams import Frame, VideoWriter, decode_frames, is_live
 from .tracker import RegionLog, TrackSettings, change_inside, region_stage
@@ -125,6 +130,7 @@ class Options:
     workers: int = 1             # files at a time, >= 1
     strict: bool = False         # files of a folder that are not known make the run fail
     regions: TrackSettings = TrackSettings()   # where a model acts in boxes only: how far they reach
+    background: str = "keep"     # what becomes of the rest: keep, blur, pixelate, generated
 
     def __post_init__(self): _check_options(self)
 
@@ -175,15 +181,26 @@ def time_stage(
         yield item
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c021
+def _change_regions(
+    frame: Frame,  # with raw pixels
+    changed: RGB,  # what the model made of it
+    background: Callable | None,  # of a `FrameAnonymizer`
+) -> RGB:
+    "What a model made, where it acts; around it the frame, or what becomes of the background."
+    around = background(frame.rgb) if background and frame.hidden is not None else frame.rgb
+    return change_inside(around, changed, frame.hidden)
+
+# %% ../../nbs/edge/4_anonymize.ipynb #81d08e12
 def _anonymized_frame(
     frame: Frame,  # with raw pixels
     result: np.ndarray | Exception,  # of `SafeRunner`
     smoother: Smoother,
     flicker: Flicker,
+    background: Callable | None = None,  # of a `FrameAnonymizer`
 ) -> Frame:
     "A new frame around the result, or around the error."
     if isinstance(result, Exception): return replace(frame, rgb=None, error=describe_error(result))
-    out = change_inside(frame.rgb, smoother(result), frame.hidden)
+    out = _change_regions(frame, smoother(result), background)
     flicker.add(frame.rgb, out)
     return replace(frame, rgb=out)
 
@@ -220,7 +237,8 @@ def _anonymize_batch(
     for item in items:
         if isinstance(item, Frame):
             counts.frames_in += 1
-            if item.rgb is not None: item = _anonymized_frame(item, next(results), smoother, flicker)
+            background = runner.model.background
+            if item.rgb is not None: item = _anonymized_frame(item, next(results), smoother, flicker, background)
             if item.error and not _count_bad_frame(item, options, counts, smoother): continue
         out.append(item)
     counts.seconds["anonymize"] += time.perf_counter() - began
@@ -244,6 +262,60 @@ def inference_stage(
         waiting, n_frames = [], 0
     yield from _anonymize_batch(waiting, runner, options, counts, flicker, smoother)
 
+# %% ../../nbs/edge/4_anonymize.ipynb #225eb82d
+def _composed_frame(
+    frame: Frame,  # with raw pixels
+    result: ComposedFrame | Exception,  # of a `PeopleReplacer`
+    flicker: Flicker,
+) -> Frame:
+    "A new frame around what was made of it, or around the error."
+    if isinstance(result, Exception): return replace(frame, rgb=None, error=describe_error(result))
+    check_output(result.rgb[None], frame.rgb[None])
+    if np.array_equal(result.rgb, frame.rgb) and (result.provenance == FILMED).all():
+        return replace(frame, rgb=None, error="the frame came back unchanged")
+    flicker.add(frame.rgb, result.rgb)
+    return replace(frame, rgb=result.rgb, provenance=result.provenance)
+
+# %% ../../nbs/edge/4_anonymize.ipynb #0f95d4ac
+def _has_pixels(
+    item: Frame | av.Packet,
+) -> bool:
+    "Is this a raw frame?"
+    return isinstance(item, Frame) and item.rgb is not None
+
+# %% ../../nbs/edge/4_anonymize.ipynb #d194d082
+class HoldBack:
+    "A line of frames, packets and gaps behind a model that gives frames back later."
+    def __init__(self,
+        items: Iterable,  # of `decode_frames`
+        options: Options,
+        counts: FrameCounts,
+        flicker: Flicker,
+    ):
+        self.items, self.options, self.counts, self.flicker = items, options, counts, flicker
+        self.line = deque()
+
+    def raw_frames(self) -> Iterator[RGB]:
+        "What the model takes; everything stands in line."
+        for item in self.items:
+            self.line.append(item)
+            if _has_pixels(item): yield item.rgb
+
+    def leave(self, item) -> Iterator:  # over nothing or one item, without raw pixels
+        "The next one out of the line."
+        if isinstance(item, Frame):
+            self.counts.frames_in += 1
+            if item.error and not _count_bad_frame(item, self.options, self.counts, Smoother(0)): return
+        yield item
+
+    def __call__(self, model: Callable) -> Iterator:  # frames to results, as many and in their order
+        for result in model(self.raw_frames()):
+            while not _has_pixels(self.line[0]): yield from self.leave(self.line.popleft())
+            yield from self.leave(_composed_frame(self.line.popleft(), result, self.flicker))
+        for item in self.line:
+            if _has_pixels(item): item = replace(item, rgb=None, error="the model gave nothing back")
+            yield from self.leave(item)
+
 # %% ../../nbs/edge/4_anonymize.ipynb #45bc457b
 @dataclass
 class _FileRun:
@@ -260,6 +332,8 @@ class _FileRun:
     remarks: list = field(default_factory=list)  # what else a user should know
     early: list = field(default_factory=list)  # sound that came before the first frame
     regions: RegionLog = field(default_factory=RegionLog)  # what the detector found
+    replacer: PeopleReplacer | None = None  # a model that holds frames back
+    map: ProvenanceWriter | None = None     # where its pixels came from
     info: StreamInfo | None = None             # of the input, once a video of it is complete
     began: float = field(default_factory=time.perf_counter)
 
@@ -275,6 +349,9 @@ def _start_stages(
     raw = background_stage(time_stage(decoded, counts, "decode"), batch)
     detect = run.runner.model.detect
     if detect: raw = background_stage(region_stage(raw, detect, options.regions, run.regions), batch)
+    if run.runner.model.hold:
+        run.replacer = run.runner.model.hold(is_live(run.source))
+        return background_stage(HoldBack(raw, options, counts, run.flicker)(run.replacer), batch)
     return background_stage(inference_stage(raw, run.runner, options, counts, run.flicker), batch)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c026
@@ -291,6 +368,50 @@ def _note_regions(
     "What the detector took, and what a user should know of it."
     run.counts.seconds["detect"] = run.regions.seconds
     run.remarks += run.regions.remarks()
+
+# %% ../../nbs/edge/4_anonymize.ipynb #6a762961
+def _beside(
+    run: _FileRun,
+    ending: str,  # with its dot
+) -> Path:
+    "A file beside the output."
+    return run.target.with_name(fit_name(run.target.name, ending))
+
+# %% ../../nbs/edge/4_anonymize.ipynb #94327dfc
+def _note_people(
+    run: _FileRun,
+) -> None:
+    "The manifest, the times, and which frames a person should look at."
+    counts, spent = run.replacer.counts, run.replacer.counts.seconds
+    run.counts.seconds["detect"] = spent["find"]
+    run.counts.seconds["anonymize"] = spent["background"] + spent["compose"]
+    if counts.nobody: run.remarks.append(f"nobody found around {counts.nobody} of {counts.frames} frames")
+    manifest = make_manifest(run.replacer, run.runner.model.card)
+    write_json(_beside(run, ".avatar.json"), {**manifest, "map": _beside(run, ".provenance.mkv").name})
+
+# %% ../../nbs/edge/4_anonymize.ipynb #f1cd3ef2
+@contextmanager
+def _map_beside(
+    run: _FileRun,
+):
+    "The map of where pixels came from, beside the output of a model that makes one."
+    if run.replacer is None:
+        yield
+        return
+    with atomic_path(_beside(run, ".provenance.mkv")) as temporary:
+        run.map = ProvenanceWriter(temporary)
+        try: yield
+        finally: run.map.close()
+
+# %% ../../nbs/edge/4_anonymize.ipynb #18a654f3
+def _write_map(
+    run: _FileRun,
+    frame: Frame,  # that was written
+) -> None:
+    "A frame's map; a black frame shows nothing that was filmed."
+    if run.map is None: return
+    black = np.full((frame.info.height, frame.info.width), FILLED, np.uint8)
+    run.map.write(black if frame.provenance is None else frame.provenance)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c028
 def _finish_video(
@@ -312,6 +433,7 @@ def _finish_video(
     run.info = writer.input_info
     run.remarks += writer.remarks
     _note_regions(run)
+    if run.replacer: _note_people(run)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #9618c863
 def _is_given_up(
@@ -337,7 +459,9 @@ def _write_item(
         for packet in run.early: writer.write(packet)
     if writer: writer.write(item)
     elif len(run.early) < EARLY_PACKETS: run.early.append(item)
-    if isinstance(item, Frame): run.progress(writer.count, item.info.frames)
+    if isinstance(item, Frame):
+        _write_map(run, item)
+        run.progress(writer.count, item.info.frames)
     run.counts.seconds["encode"] += time.perf_counter() - began
     return writer
 
@@ -347,7 +471,7 @@ def _anonymize_video(
 ) -> None:
     "Decode, anonymize and encode side by side; the file appears when it is complete."
     frames = _start_stages(run, 1 if is_live(run.source) else run.options.batch)
-    with open_output(run.target, run.options.force) as file, closing(frames):
+    with open_output(run.target, run.options.force) as file, _map_beside(run), closing(frames):
         writer = None
         try:
             for item in frames:
@@ -379,6 +503,9 @@ def _shrink_image(
     return _resize_image(rgb, max(1, round(h * scale)), max(1, round(w * scale)))
 
 # %% ../../nbs/edge/4_anonymize.ipynb #1713eba6
+_STILL = StreamInfo(1, 1, 1, 1)  # of a frame that is part of no film
+
+# %% ../../nbs/edge/4_anonymize.ipynb #bdcb29c9
 def _anonymize_still(
     run: _FileRun,
     rgb: RGB,
@@ -389,12 +516,10 @@ def _anonymize_still(
     result = run.runner(small[None])[0]
     run.counts.seconds["anonymize"] += time.perf_counter() - began
     if isinstance(result, Exception): raise UserError(f"{run.source}: {describe_error(result)}; nothing was written")
-    return change_inside(rgb, _resize_image(result, *rgb.shape[:2]), boxes)
+    still = Frame(rgb, 0, 1, _STILL, hidden=boxes)
+    return _change_regions(still, _resize_image(result, *rgb.shape[:2]), run.runner.model.background)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #a0aa61be
-_STILL = StreamInfo(1, 1, 1, 1)  # of a frame that is part of no film
-
-
 def _mark_regions(
     frames: list[Frame],
     model: FrameAnonymizer,
@@ -428,6 +553,13 @@ def _describe_appearance(
     "Size and rate of a video, for the report; nothing for an image."
     return {"size": [info.width, info.height], "rate": round(float(info.rate), 3)} if info else {}
 
+# %% ../../nbs/edge/4_anonymize.ipynb #d1b705ca
+def _describe_people(
+    run: _FileRun,
+) -> dict:  # plain values
+    "The summary of a file in which people were replaced."
+    return {"people": summarize_counts(run.replacer.counts)} if run.replacer else {}
+
 # %% ../../nbs/edge/4_anonymize.ipynb #c034
 def _report_entry(
     run: _FileRun,
@@ -442,7 +574,7 @@ def _report_entry(
         "reason": hide_secrets(reason), "notes": run.notes + run.remarks + run.runner.notes,
         "frames_in": counts.frames_in, "frames_out": counts.frames_out if made else 0,
         "blank": counts.blank, "dropped": counts.dropped, "errors": counts.errors,
-        **_describe_appearance(run.info), "flicker": run.flicker.value,
+        **_describe_appearance(run.info), **_describe_people(run), "flicker": run.flicker.value,
         "seconds": round(seconds, 3), "fps": round(counts.frames_in / max(seconds, 1e-9), 1),
         "stage_seconds": {stage: round(spent, 3) for stage, spent in counts.seconds.items()},
         "input_sha256": file_hash(run.source) if Path(run.source).is_file() else None,
@@ -513,7 +645,7 @@ def _beside_raw(
     "A raw frame, and to the right what is made of it; black where that fails."
     result = runner(frame.rgb[None])[0]
     if isinstance(result, Exception): result = np.zeros_like(frame.rgb)
-    return np.concatenate([frame.rgb, change_inside(frame.rgb, result, frame.hidden)], 1)
+    return np.concatenate([frame.rgb, _change_regions(frame, result, runner.model.background)], 1)
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c046
 def _write_preview(
@@ -532,6 +664,18 @@ def _write_preview(
     writer.close()
 
 # %% ../../nbs/edge/4_anonymize.ipynb #c045
+def _draw_sheet(
+    frames: list[Frame],
+    model: FrameAnonymizer,  # that holds frames back
+    target: Path,  # an image
+) -> RGB:
+    "The four rows of a model that replaces people."
+    if target.suffix.lower() not in ANY_IMAGE_SUFFIXES:
+        raise UsageError(f"{target}: the preview of avatars is one picture; name a file .png or .jpg")
+    replacer = model.hold(False)
+    return draw_preview(np.stack([frame.rgb for frame in frames]), replacer.find, replacer.how)
+
+# %% ../../nbs/edge/4_anonymize.ipynb #cb4af872
 def write_preview(
     source,  # video or image
     target,  # image (of the frame in the middle of what is read) or video
@@ -542,10 +686,12 @@ def write_preview(
     "Raw and anonymized side by side. Holds raw frames: delete it afterwards."
     target, frames = Path(target), _first_frames(source, options.height or 360, seconds)
     if not frames: raise UserError(f"{source}: not one frame could be decoded; fetch the file again")
+    sheet = _draw_sheet(frames, model, target) if model.hold else None
     frames = _mark_regions(frames, model, options, RegionLog())
     target.parent.mkdir(parents=True, exist_ok=True)
     runner, suffix = SafeRunner(model, options.batch), target.suffix.lower()
     with open_output(target, options.force) as file:
-        if suffix in ANY_IMAGE_SUFFIXES: save_image(file, suffix, _beside_raw(frames[len(frames) // 2], runner))
+        if sheet is not None: save_image(file, suffix, sheet)
+        elif suffix in ANY_IMAGE_SUFFIXES: save_image(file, suffix, _beside_raw(frames[len(frames) // 2], runner))
         else: _write_preview(file, suffix, frames, runner)
     return target

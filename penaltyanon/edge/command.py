@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'SUMMED_KEYS', 'torch_runner', 'check_model_file', 'check_card_copy', 'open_frame_anonymizer',
-           'FileJob', 'fit_name', 'output_name', 'is_supported', 'check_writable', 'list_untouched', 'plan_jobs',
-           'describe_entry', 'ProgressBars', 'summarize_files', 'closing_line', 'anonymize']
+           'FileJob', 'output_name', 'is_supported', 'check_writable', 'list_untouched', 'plan_jobs', 'describe_entry',
+           'ProgressBars', 'summarize_files', 'closing_line', 'anonymize']
 
 # %% ../../nbs/edge/7_command.ipynb #c002
 import glob, hashlib, json, os, threading, time
@@ -20,7 +20,7 @@ from ..core.settings import MODEL_SUFFIXES
 from ..data.video import ANY_IMAGE_SUFFIXES, ANY_VIDEO_SUFFIXES, CONTAINERS, hide_secrets
 from ..data.detectors import find_detector_file, open_detector
 from .anonymize import STAGES, Options, anonymize_file, write_preview
-from .guards import FrameAnonymizer, check_changes, list_files, safe_target, same_file
+from .guards import FrameAnonymizer, check_changes, fit_name, list_files, safe_target, same_file
 from .operations import CLOSED_FORMS, closed_form
 from .streams import is_live
 from .tracker import TrackSettings
@@ -201,18 +201,6 @@ class FileJob:
     source: object  # path, or address of a camera
     target: Path | None
     refused: str = ""
-
-# %% ../../nbs/edge/7_command.ipynb #44391f7a
-def fit_name(
-    start: str,
-    ending: str,
-    limit: int = 255,  # bytes
-) -> str:
-    "A file name, cut in its first part if it is too long."
-    name = start + ending
-    if len(os.fsencode(name)) <= limit: return name
-    ending = "~" + hashlib.sha256(os.fsencode(start)).hexdigest()[:8] + ending
-    return os.fsencode(start)[:limit - len(os.fsencode(ending))].decode(errors="ignore") + ending
 
 # %% ../../nbs/edge/7_command.ipynb #c021
 def output_name(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MINIMUM_CHANGE', 'FrameAnonymizer', 'check_output', 'probe_frames', 'rms_change', 'check_changes', 'SafeRunner',
-           'OutputExists', 'open_output', 'same_file', 'safe_target', 'list_files']
+           'OutputExists', 'fit_name', 'open_output', 'same_file', 'safe_target', 'list_files']
 
 # %% ../../nbs/edge/2_guards.ipynb #c002
-import errno, os
+import errno, hashlib, os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ class FrameAnonymizer:
     label: Callable | None = None   # () -> the name with what it found on the way; None = the name alone
     on_cpu: Callable | None = None  # () -> the same function without the accelerator; None = it has none
     detect: Callable | None = None  # a frame to boxes: it acts there only; None = everywhere
+    background: Callable | None = None  # outside of the boxes: a frame to a frame; None = as it was filmed
+    hold: Callable | None = None    # is it a camera? -> a PeopleReplacer, which holds frames back; None = it needs none
 
 # %% ../../nbs/edge/2_guards.ipynb #c014
 def check_output(
@@ -153,6 +155,18 @@ def _use_less_memory(
 # %% ../../nbs/edge/2_guards.ipynb #c023
 class OutputExists(UserError):
     "There is a file of this name, and nobody said that it may go."
+
+# %% ../../nbs/edge/2_guards.ipynb #dae70f4d
+def fit_name(
+    start: str,
+    ending: str,
+    limit: int = 255,  # bytes
+) -> str:
+    "A file name, cut in its first part if it is too long."
+    name = start + ending
+    if len(os.fsencode(name)) <= limit: return name
+    ending = "~" + hashlib.sha256(os.fsencode(start)).hexdigest()[:8] + ending
+    return os.fsencode(start)[:limit - len(os.fsencode(ending))].decode(errors="ignore") + ending
 
 # %% ../../nbs/edge/2_guards.ipynb #c024
 def _check_free(

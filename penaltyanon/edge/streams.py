@@ -19,6 +19,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from ..avatar.compose import Provenance
 from ..core.files import UsageError, UserError
 from ..data.detectors import Boxes
 from ..data.video import (CONTAINERS, RGB, StreamInfo, TimeLine, convert_to_rgb, describe_error, open_video,
@@ -34,6 +35,7 @@ class Frame:
     info: StreamInfo
     error: str = ""  # why there are no pixels
     hidden: Boxes | None = None  # where to change it; None = everywhere
+    provenance: Provenance | None = None  # where each pixel came from, if a model says so
 
 # %% ../../nbs/edge/0_streams.ipynb #c008
 def rotate(
