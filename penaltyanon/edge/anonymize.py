@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from ..avatar.compose import FILLED, FILMED, ComposedFrame, Provenance, ProvenanceWriter
+from ..avatar.compose import FILLED, FILMED, ComposedFrame, ProvenanceWriter
 from ..avatar.preview import draw_preview, make_manifest
 from ..avatar.windows import PeopleReplacer, summarize_counts
 from ..core.files import UsageError, UserError, atomic_path, file_hash, write_json
@@ -292,8 +292,8 @@ class HoldBack:
         counts: FrameCounts,
         flicker: Flicker,
     ):
-        self.items, self.options, self.counts, self.flicker = items, options, counts, flicker
-        self.line = deque()
+        self.items, self.options, self.line = items, options, deque()
+        self.counts, self.flicker = counts, flicker
 
     def raw_frames(self) -> Iterator[RGB]:
         "What the model takes; everything stands in line."
