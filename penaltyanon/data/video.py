@@ -14,6 +14,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import av
@@ -340,15 +341,17 @@ class TimeLine:
         tolerance: float = 0.02,  # part of the declared duration that may be missing, and always 1.5 frames
     ) -> str:  # "" where nothing is missing
         "Say so when a video ends before its declared end."
-        missing = _missing_bytes(self.container)
-        if missing: return f"truncated, ends at {self.end:.2f} s, {missing} bytes are missing"
+        if self.missing: return f"truncated, ends at {self.end:.2f} s, {self.missing} bytes are missing"
         if self.own_end: return self._compare(self.end, self.own_end, tolerance)
-        if missing == 0 and "matroska" in self.container.format.name: return ""
+        if self.missing == 0 and "matroska" in self.container.format.name: return ""
         return self._compare(self.end_of_all, (self.container.duration or 0) / av.time_base, tolerance)
 
     def is_silent(self) -> bool:
         "Does nothing in the file say where it ends?"
-        return not self.own_end and not self.container.duration and _missing_bytes(self.container) is None
+        return not self.own_end and not self.container.duration and self.missing is None
+
+    @cached_property
+    def missing(self) -> int | None: return _missing_bytes(self.container)  # the file is opened again: once
 
     def _compare(self, end: float, declared: float, tolerance: float) -> str:
         slack = max(tolerance * declared, 1.5 * _frame_duration(self.stream))
