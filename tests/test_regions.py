@@ -7,11 +7,10 @@ import av, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, SHARED
 from penaltyanon import cli
-from penaltyanon.core.files import UsageError, UserError, cache_folder
-from penaltyanon.data.detectors import as_boxes, box_overlap, face_detector, fill_boxes, onnx_detector, open_detector
+from penaltyanon.core.files import cache_folder
+from penaltyanon.data.detectors import as_boxes, box_overlaps, fill_boxes, open_detector
 from penaltyanon.data.video import StreamInfo
 from penaltyanon.edge.anonymize import Options, anonymize_file, write_preview
-from penaltyanon.edge.command import open_frame_anonymizer
 from penaltyanon.edge.guards import FrameAnonymizer
 from penaltyanon.edge.images import load_image, save_image
 from penaltyanon.edge.streams import Frame, VideoWriter, decode_frames
@@ -363,4 +362,4 @@ def weights_or_skip(name):
 def test_a_real_detector_finds_an_easy_one(word, file, frame, true):
     weights_or_skip("centerface" if word == "faces" else word)
     rgb = list(decode_frames(SHARED/"ucf101-mini/UCF-101"/file))[frame].rgb
-    assert max(box_overlap(as_boxes(b)[0], np.array(true, float)) for b in open_detector(word)(rgb)) > .5
+    assert box_overlaps(open_detector(word)(rgb), as_boxes(true)).max() > .5

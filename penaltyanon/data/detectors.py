@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Boxes', 'Detector', 'DETECTOR_FILES', 'DETECTOR_WORDS', 'PERSON_SCORE', 'grow_box', 'as_boxes', 'fill_boxes',
-           'resize_frame', 'hog_detector', 'open_detector_session', 'onnx_detector', 'box_overlap', 'suppress_boxes',
+           'resize_frame', 'hog_detector', 'open_detector_session', 'onnx_detector', 'box_overlaps', 'suppress_boxes',
            'free_frame_size', 'face_detector', 'find_detector_file', 'open_detector']
 
 # %% ../../nbs/data/9_detectors.ipynb #cd4a87b3
@@ -196,27 +196,29 @@ def onnx_detector(
         return _select_boxes(session.run(None, {entry: image})[0][0], threshold, classes) / scale
     return detect
 
-# %% ../../nbs/data/9_detectors.ipynb #662a653c
-def box_overlap(
-    a: Float[np.ndarray, "4"],
-    b: Float[np.ndarray, "4"],
-) -> float:  # 0..1
-    "Intersection over union of two boxes."
-    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    shared = np.prod(np.maximum(sides, 0))
-    return float(shared / max(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared, 1e-9))
+# %% ../../nbs/data/9_detectors.ipynb #11c1d364
+def box_overlaps(
+    a: Boxes,
+    b: Float[np.ndarray, "k 4"],
+) -> Float[np.ndarray, "m k"]:  # 0..1
+    "Intersection over union of each box with each other."
+    a, b = a[:, None], b[None]
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.maximum(sides, 0).prod(-1)
+    area_a, area_b = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (a, b))
+    return shared / np.maximum(area_a + area_b - shared, 1e-9)
 
-# %% ../../nbs/data/9_detectors.ipynb #51dd2d22
+# %% ../../nbs/data/9_detectors.ipynb #14b22e5b
 def suppress_boxes(
     boxes: Boxes,
     scores: Float[np.ndarray, "m"],
-    overlap: float = 0.3,  # intersection over union above which two boxes are one thing
+    most: float = 0.3,  # intersection over union above which two boxes are one thing
 ) -> Boxes:  # the best of each thing, best first
     "Non-maximum suppression."
-    kept, left = [], list(np.argsort(-scores, kind="stable"))
+    kept, left, overlaps = [], list(np.argsort(-scores, kind="stable")), box_overlaps(boxes, boxes)
     while left:
         kept.append(left.pop(0))
-        left = [i for i in left if box_overlap(boxes[kept[-1]], boxes[i]) <= overlap]
+        left = [i for i in left if overlaps[kept[-1], i] <= most]
     return boxes[kept]
 
 # %% ../../nbs/data/9_detectors.ipynb #40c3a896
@@ -283,10 +285,10 @@ def free_frame_size(
 # %% ../../nbs/data/9_detectors.ipynb #d0390549
 def _scale_for_faces(
     rgb: RGB,
-    short: int,  # side that frames are brought to, pixels
+    short: tuple[int, int],  # the short side is made at least and at most so many pixels
 ) -> tuple[Float[np.ndarray, "1 3 h w"], float]:  # 0..255; its pixels per pixel of the frame
     "A frame at the size at which faces are looked for."
-    scale = short / min(rgb.shape[:2])
+    scale = np.clip(min(rgb.shape[:2]), *short) / min(rgb.shape[:2])
     height, width = (max(1, round(side * scale)) for side in rgb.shape[:2])
     image = np.pad(resize_frame(rgb, height, width), ((0, -height % 32), (0, -width % 32), (0, 0)))
     return rearrange(image, "h w c -> 1 c h w").astype(np.float32), scale
@@ -295,7 +297,7 @@ def _scale_for_faces(
 def face_detector(
     path: str | Path,  # centerface.onnx
     threshold: float = 0.2,  # least score, [0, 1]
-    short: int = 480,  # side that frames are brought to, pixels
+    short: tuple[int, int] = (480, 720),  # the short side is made at least and at most so many pixels
 ) -> Detector:
     "Faces by CenterFace."
     session = open_detector_session(path, free_frame_size)

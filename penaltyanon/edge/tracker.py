@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..core.files import UsageError
-from ..data.detectors import Boxes, Detector, as_boxes, box_overlap, fill_boxes
+from ..data.detectors import Boxes, Detector, as_boxes, box_overlaps, fill_boxes
 from ..data.video import RGB, describe_error
 from .streams import Frame
 
@@ -88,10 +88,9 @@ def match_boxes(
     least: float = 0.1,  # intersection over union
 ) -> dict[int, int]:  # which of the found -> which of the expected
     "Pairs that overlap, best first, each box in one pair at most."
-    pairs = [(box_overlap(e, f), i, j) for i, e in enumerate(expected) for j, f in enumerate(found)]
-    matched = {}
-    for overlap, i, j in sorted(pairs, reverse=True):
-        if overlap >= least and j not in matched and i not in matched.values(): matched[j] = i
+    overlaps, matched = box_overlaps(as_boxes(expected), found), {}
+    for i, j in sorted(np.argwhere(overlaps >= least).tolist(), key=lambda pair: -overlaps[tuple(pair)]):
+        if j not in matched and i not in matched.values(): matched[j] = i
     return matched
 
 # %% ../../nbs/edge/3_tracker.ipynb #60d39e32
