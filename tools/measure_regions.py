@@ -34,10 +34,10 @@ def covered(box, hidden):
 
 
 def judge_frame(frames, t, truth, detect, settings):
-    "What a detector does in one frame: parts hidden of each labelled box, false boxes, time."
-    began, rgb = time.perf_counter(), frames[t].rgb
+    "What a detector does in one frame: parts hidden of each labelled box, false boxes, CPU time."
+    began, rgb = time.process_time(), frames[t].rgb
     found = detect(rgb)
-    seconds, size = time.perf_counter() - began, rgb.shape[:2]
+    seconds, size = time.process_time() - began, rgb.shape[:2]
     window = frames[max(0, t - BEFORE):t + settings.ahead + 1]
     tracked = next(f for f in region_stage(window, detect, settings, RegionLog()) if f.pts == frames[t].pts)
     masks = dict(found=fill_boxes(found, *size), widened=fill_boxes(widen_boxes(found, settings.widen), *size),
@@ -64,7 +64,7 @@ def measure(folder, spec, settings=TrackSettings()):
             line.append(f"{how} >= {least}: {sum(p >= least for p in parts)} of {len(parts)}")
         print(f"{spec:10} {kind:7}", "   ".join(line))
     shares = {how: np.mean([one[3][how] for one in judged]) for how in judged[0][3]}
-    print(f"{spec:10} false boxes {sum(one[1] for one in judged)}, {1000 * np.median([one[2] for one in judged]):.0f} ms a frame,",
+    print(f"{spec:10} false boxes {sum(one[1] for one in judged)}, {1000 * np.median([one[2] for one in judged]):.0f} ms of CPU a frame,",
           "part of the frames hidden", {how: round(float(share), 2) for how, share in shares.items()})
     print(*(f"    not hidden: {line}" for line in missed), sep="\n")
 
