@@ -614,7 +614,8 @@ def anonymize(
         help="file or folder; default beside the input, named -anonymized")] = None,
     model: Annotated[str, typer.Option(
         help="a method (blur-strong, downsample-4x, ...), *.safetensors or *.onnx; blur-strong@faces, @persons, "
-             "@people or @DETECTOR.onnx: a method where somebody is found, everywhere in a frame where nobody is")] = "blur-strong",
+             "@people or @DETECTOR.onnx: a method where somebody is found, everywhere in a frame where nobody is; "
+             "avatar: a drawn body in the place of each person, removed: none")] = "blur-strong",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     batch: Annotated[int, typer.Option(help="frames at a time; halved when memory runs out")] = 8,
     height: Annotated[int | None, typer.Option(
@@ -639,8 +640,11 @@ def anonymize(
         help="with @: frames for which somebody stays hidden after they were last found")] = 12,
     ahead: Annotated[int, typer.Option(
         help="with @: frames that wait, so that who is found late is hidden before")] = 4,
+    background: Annotated[str, typer.Option(
+        help="with @, avatar or removed: what becomes of the rest, keep, blur, pixelate or generated")] = "keep",
     preview: Annotated[Path | None, typer.Option(
-        help="also write raw and anonymized side by side here (image or video; holds RAW frames)")] = None,
+        help="also write raw and anonymized side by side here (image or video; avatars: four rows, an image; "
+             "holds RAW frames)")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON report; default beside the output")] = None,
 ):
     "Anonymize videos, images, folders, cameras; never a raw frame."
@@ -650,7 +654,7 @@ def anonymize(
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # like Ctrl-C: a camera's file is finished
     regions = deploy.TrackSettings(widen, carry, ahead)
     options = deploy.Options(
-        batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers, strict, regions)
+        batch, height, codec, crf, keep_audio, on_bad_frame, smooth, force, workers, strict, regions, background)
     outcome = deploy.anonymize(source, output, model, options, device, preview, report)
     print(deploy.closing_line(outcome))
     if not outcome["ok"]:
