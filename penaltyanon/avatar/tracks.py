@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Box', 'Sighting', 'TrackRules', 'measure_torso', 'is_same_person', 'is_near', 'set_track', 'LostTrack', 'find_lost',
-           'PersonTracker', 'follow_poses', 'note_lost', 'search_frame', 'look_twice', 'name_track', 'walk_back',
-           'link_passes', 'join_sightings', 'join_passes', 'fit_weights', 'smooth_values', 'smooth_poses',
-           'replace_points', 'blend_persons', 'bridge_gaps']
+           'PersonTracker', 'follow_poses', 'note_lost', 'is_somebody', 'search_frame', 'look_twice', 'name_track',
+           'SecondLook', 'walk_both_ways', 'link_passes', 'join_sightings', 'join_passes', 'fit_weights',
+           'smooth_values', 'smooth_poses', 'replace_points', 'blend_persons', 'bridge_gaps']
 
 # %% ../../nbs/avatar/8_tracks.ipynb #70e99494
 from collections import Counter, defaultdict
@@ -38,7 +38,7 @@ class TrackRules:
     every: int = 5          # frames between two looks of the detector, >= 1
     threshold: float = 0.3  # score from which a pose is looked for
     sure: float = 0.5       # score from which somebody without a pose is hidden
-    patience: int = 15      # frames after which a lost track is given up
+    patience: int = 24      # frames after which a lost track is given up
 
 # %% ../../nbs/avatar/8_tracks.ipynb #fb90b6fc
 def measure_torso(
@@ -109,6 +109,7 @@ class PersonTracker:
         self.backend, self.rules, self.names = backend, rules, names or count()
         self.current, self.lost, self.boxes = [], [], []
         self.last, self.frame = {}, -1  # where each track was a frame ago; number of the frame
+        self.due = 0  # number of the next frame at which the detector looks
 
     def step(self, image: Image8) -> Sighting:
         "The next frame."
@@ -116,7 +117,8 @@ class PersonTracker:
         kept = follow_poses(self, image)
         lost_one = len(kept) < len(self.current)
         note_lost(self, kept)
-        if self.frame % self.rules.every == 0 or lost_one: self.boxes = search_frame(self, image, kept)
+        if self.frame >= self.due or lost_one: self.boxes = search_frame(self, image, kept)
+        if self.frame >= self.due: self.due = self.frame + self.rules.every
         self.last = {p.person.track: p.next for p in self.current}
         self.current = kept
         return Sighting(list(kept), list(self.boxes))
@@ -148,6 +150,19 @@ def note_lost(
         pace = np.array([pose.next.x - before.x, pose.next.y - before.y])
         tracker.lost.append(LostTrack(pose, pace, tracker.frame - 1))
 
+# %% ../../nbs/avatar/8_tracks.ipynb #1d1e3325
+def is_somebody(
+    box: Box,
+    kept: list[FoundPose],  # people of the same frame
+    shape: tuple[int, ...],  # of the frame
+) -> bool:
+    "Is a box without a pose a person, and not a part of one?"
+    x0, x1 = np.clip(np.int64(box[::2]), 0, shape[1])
+    y0, y1 = np.clip(np.int64(box[1::2]), 0, shape[0])
+    if x1 <= x0 or y1 <= y0 or box[2] - box[0] > 1.2 * max(shape[:2]): return False
+    parts = [p.person.mask[y0:y1, x0:x1] for p in kept]
+    return not parts or bool(np.any(parts, axis=0).mean() < 0.5)
+
 # %% ../../nbs/avatar/8_tracks.ipynb #d16a6222
 def search_frame(
     tracker: PersonTracker,
@@ -159,7 +174,7 @@ def search_frame(
     for d in sorted(tracker.backend.detect(image, tracker.rules.threshold), key=lambda d: -d.score):
         if any(is_near(d.roi, p.next) for p in kept): continue
         pose = look_twice(tracker, image, d.roi)
-        if pose is None and d.score >= tracker.rules.sure: boxes.append(d.box)
+        if pose is None and d.score >= tracker.rules.sure and is_somebody(d.box, kept, image.shape): boxes.append(d.box)
         if pose is None or any(is_same_person(pose, p) for p in kept): continue
         kept.append(set_track(pose, name_track(tracker, pose)))
     return boxes
@@ -186,15 +201,40 @@ def name_track(
     return known.pose.person.track
 
 # %% ../../nbs/avatar/8_tracks.ipynb #cf25d86f
-def walk_back(
+class SecondLook:
+    "A backend that remembers the way out."
+    def __init__(self,
+        backend,  # with `detect` and `pose`
+        frames: list[Image8],  # the very arrays of the way out
+    ):
+        self.backend = backend
+        self.detections = {}  # by identity of the frame
+        self.poses = {id(frame): [] for frame in frames}
+
+    def detect(self, frame: Image8, threshold: float) -> list[Detection]:
+        if id(frame) not in self.detections: self.detections[id(frame)] = self.backend.detect(frame, threshold)
+        return self.detections[id(frame)]
+
+    def pose(self, frame: Image8, rois: list[Roi]) -> list[FoundPose | None]:
+        known = [next((p for p in self.poses[id(frame)] if is_near(roi, p.next)), None) for roi in rois]
+        fresh = iter(self.backend.pose(frame, [roi for roi, p in zip(rois, known) if p is None]))
+        return [p or next(fresh) for p in known]
+
+# %% ../../nbs/avatar/8_tracks.ipynb #b745b496
+def walk_both_ways(
     frames: list[Image8],
     backend,  # with `detect` and `pose`
-    rules: TrackRules,
-    names: count,
-) -> list[Sighting]:  # in the order of the frames
-    "From the last frame to the first."
-    tracker = PersonTracker(backend, rules, names)
-    return [tracker.step(frame) for frame in reversed(frames)][::-1]
+    rules: TrackRules = TrackRules(),
+) -> tuple[list[Sighting], list[Sighting]]:  # out, back; both in the order of the frames
+    "From the first frame to the last, and from the last to the first."
+    names, second, backward = count(), SecondLook(backend, frames), []
+    out, home = (PersonTracker(second, rules, names) for _ in range(2))
+    forward = [out.step(frame) for frame in frames]
+    second.poses = {id(frame): s.poses for frame, s in zip(frames, forward)}
+    for frame in reversed(frames):
+        backward.append(home.step(frame))
+        if len(backward) == 1: home.due = (len(frames) - 1) % rules.every or rules.every   # where it looked before
+    return forward, backward[::-1]
 
 # %% ../../nbs/avatar/8_tracks.ipynb #81cb48ee
 def link_passes(
