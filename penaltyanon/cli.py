@@ -7,7 +7,7 @@ import typer
 
 LIST_OPTIONS = (
     "--B", "--seeds", "--lam", "--methods", "--set", "--tests", "--data-set", "--slurm", "--slurm-cpu", "--run",
-    "--measures")
+    "--measures", "--epsilon")
 UNDIVIDED = ("--set", "--data-set", "--slurm", "--slurm-cpu", "--run")    # list options whose values may hold a comma
 OPTION_OF = dict(B="--B", lam="--lam", seed="--seeds", method="--methods", preset="--preset")    # not for --set
 LAYOUT_OF = dict(mini="mini", paper="official")    # preset -> where a protocol's data lie; else puppets
@@ -193,8 +193,15 @@ def demo(
     jobs: Jobs = 2,
     threads: Threads = 1,
     preset: Annotated[str, typer.Option(help="settings to start from")] = "demo",
+    maskdp: Annotated[bool, typer.Option(
+        "--maskdp", help="masked differential privacy instead: puppets in places, a statement, a table; in runs/maskdp")] = False,
+    epsilon: Annotated[list[float], typer.Option(help="of --maskdp: --epsilon 0.5 1 2 5")] = [1., 5.],
 ):
     "The main job on generated data: puppets, controls, every B, figures, report.html."
+    if maskdp:
+        from penaltyanon.dp.baselines import demonstrate_maskdp
+        print(demonstrate_maskdp(out or Path("runs")/"maskdp", epsilon, range(seeds)))
+        return
     from penaltyanon.sweep.grid import expand_grid
     from penaltyanon.sweep.jobs import raise_failed
     if not data and preset not in ("demo", "smoke"): data = Path("data/puppets")

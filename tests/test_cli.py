@@ -111,3 +111,18 @@ def test_demo_reports_what_finished_and_still_fails(tmp_path, monkeypatch, capsy
     said = capsys.readouterr()
     assert e.value.code == 1 and "the lights went out" in said.err and "report.html" in said.out and "raw" in said.out
     assert asked[0].action_data == "puppets:d" and asked[0].privacy_data == "puppets-images:d" and len(asked) == 1 + 2*5
+
+
+def test_the_demo_of_masked_privacy_passes_its_budgets_on(monkeypatch, capsys, tmp_path):
+    from penaltyanon.dp import baselines
+    asked = []
+    monkeypatch.setattr(baselines, "demonstrate_maskdp", lambda *args: asked.append(args) or "the statement")
+    with pytest.raises(SystemExit) as e: cli.main(["demo", "--maskdp", "--epsilon", "0.5", "2", "--seeds", "3", "--out", str(tmp_path)])
+    assert e.value.code == 0 and capsys.readouterr().out.strip() == "the statement"
+    assert asked == [(tmp_path, [.5, 2.], range(3))]
+
+
+def test_a_budget_that_cannot_be_is_one_line_and_makes_nothing(capsys, tmp_path):
+    with pytest.raises(SystemExit) as e: cli.main(["demo", "--maskdp", "--epsilon", "0", "--out", str(tmp_path/"out")])
+    assert e.value.code == 2 and "target_epsilon=0.0: give a number above 0" in capsys.readouterr().err
+    assert not (tmp_path/"out").exists()
