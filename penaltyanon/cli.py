@@ -407,7 +407,7 @@ def measure(
     clip_features: Annotated[str, typer.Option(
         help="frozen network of clips: thumbnail, NAME@WEIGHTS, or file.py:builder")] = "thumbnail",
     frame_features: Annotated[str, typer.Option(help="frozen network of frames, likewise")] = "thumbnail",
-    detector: Annotated[str, typer.Option(help="people, or an ONNX detector, for the measure `detectors`")] = "",
+    detector: Annotated[str, typer.Option(help="people, faces, persons or an ONNX detector, for the measure `detectors`")] = "",
     seeds: Annotated[list[int], typer.Option(help="of crops and folds: --seeds 0 1 2")] = [0, 1, 2],
     preset: Annotated[str, typer.Option(help="for methods and files: whose data and sizes")] = "mini",
     set_: Annotated[list[str], typer.Option(

@@ -7,7 +7,7 @@ import av, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, SHARED
 from penaltyanon import cli
-from penaltyanon.core.files import cache_folder
+from penaltyanon.core.files import UserError, cache_folder
 from penaltyanon.data.detectors import as_boxes, box_overlaps, fill_boxes, open_detector
 from penaltyanon.data.video import StreamInfo
 from penaltyanon.edge.anonymize import Options, anonymize_file, write_preview
@@ -349,6 +349,16 @@ def test_regions_need_no_pytorch(tmp_path):
     code = "import sys; from penaltyanon.edge.command import anonymize; print(anonymize('in.mp4', 'out.mp4', 'blur-strong@left.onnx')['ok'], [m for m in sys.modules if m == 'torch'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout == "True []\n", done.stderr
+
+
+def test_the_same_words_for_tensors(tmp_path, monkeypatch):
+    import torch
+    from penaltyanon.nets.obfuscation import open_obfuscation
+    monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"weights"))
+    with pytest.raises(UserError, match="penaltyanon weights fetch persons"): open_obfuscation("blackening@persons")
+    onnx_file(tmp_path/"weights/persons/persons.onnx", [(0, 0, 16, 64, .9, 0)])
+    f_A, x = open_obfuscation("blackening@persons"), torch.rand(2, 3, 64, 64)
+    assert f_A(x)[..., :16].max() == 0 and torch.equal(f_A(x)[..., 16:], x[..., 16:]) and f_A.label == "blackening (persons, 0 of 4 frames full-frame)"
 
 
 # ---- the real ones

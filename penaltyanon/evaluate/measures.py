@@ -56,7 +56,7 @@ class Measurement:
     actions: Collection  # clips
     images: Collection  # photographs
     seeds: tuple[int, ...] = (0, 1, 2)  # of crops and folds
-    detector: str = ""  # people | FILE.onnx, as in `open_regions`; "" = none
+    detector: str = ""  # people | faces | persons | FILE.onnx, as in `open_regions`; "" = none
     restorer_steps: int = 200  # of the attacker of reconstruction
     shared: dict = field(default_factory=dict)  # what several measures use
 
@@ -435,7 +435,7 @@ class MeasureOptions:
     clips: str = "thumbnail"  # feature network of clips, as in `open_features`
     frames: str = "thumbnail"  # feature network of frames
     seeds: tuple[int, ...] = (0, 1, 2)  # of crops and folds
-    detector: str = ""  # people | FILE.onnx; "" = none
+    detector: str = ""  # people | faces | persons | FILE.onnx; "" = none
 
 # %% ../../nbs/evaluate/9_measures.ipynb #2121a462
 def open_measurement(
