@@ -28,7 +28,7 @@ def load_opencv():  # the module
     "OpenCV, or one line that says how to get it."
     try: import cv2
     except ImportError as e:
-        raise UserError(f"backgrounds need OpenCV ({e}); pip install 'penaltyanon[avatar]'") from None
+        raise UserError(f"avatars need OpenCV ({e}); pip install 'penaltyanon[avatar]'") from None
     return cv2
 
 # %% ../../nbs/avatar/3_background.ipynb #24e58410
