@@ -226,3 +226,14 @@ def test_a_kill_gives_no_budget_back(tmp_path, seed):
         whole = make_run(make_records(), epochs=4, seed=seed)
         whole.train(progress=False)
         assert all(torch.equal(a, b) for a, b in zip(whole.training.net.parameters(), t.net.parameters()))
+
+
+@pytest.mark.parametrize("how", ["head", "bias", "lora"])
+def test_only_what_is_trained_is_clipped_gets_noise_and_moves(how):
+    from penaltyanon.dp.transformer import freeze_net
+    records = make_records(values=GRID.values)
+    net = freeze_net(TokenNet(GRID, 3), how)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1)
+    make_maskdp(net, optimizer, records, noise_multiplier=1., batch_size=6, **FAST).step()
+    assert {name for name, p in net.named_parameters() if not torch.equal(p, before[name])} == {name for name, p in net.named_parameters() if p.requires_grad}

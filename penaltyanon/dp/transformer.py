@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_NETS', 'TAINTS', 'encode_positions', 'KeptAttention', 'TokenBlock', 'TokenNetSize', 'keep_something',
-           'TokenNet', 'taint_tokens', 'pack_tokens']
+           'TokenNet', 'taint_tokens', 'pack_tokens', 'LowRankLinear', 'freeze_net']
 
 # %% ../../nbs/dp/1_transformer.ipynb #e7d6a5b2
 import math
@@ -110,3 +110,26 @@ def pack_tokens(
     most = max(1, int(keep.sum(1).max()))
     places = (~keep).int().argsort(dim=1, stable=True)[:, :most]
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), keep.gather(1, places), places
+
+# %% ../../nbs/dp/1_transformer.ipynb #bd9b28c6
+class LowRankLinear(nn.Module):
+    "A frozen linear layer plus a product of two thin matrices, which begins as zero."
+    def __init__(self, frozen: nn.Linear, rank: int):
+        super().__init__()
+        self.frozen = frozen
+        self.down, self.up = nn.Linear(frozen.in_features, rank, False), nn.Linear(rank, frozen.out_features, False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
+        return self.frozen(x) + self.up(self.down(x))
+
+# %% ../../nbs/dp/1_transformer.ipynb #27931218
+def freeze_net(net: TokenNet, how: str, rank: int = 4) -> TokenNet:
+    "Train the head, the biases too, or low-rank corrections too: `how` is head, bias or lora."
+    if how not in ("head", "bias", "lora"): raise UsageError(f"how={how!r}: use head, bias or lora")
+    for name, p in net.named_parameters():
+        p.requires_grad = name.startswith("head.") or (how == "bias" and name.endswith(".bias"))
+    for block in net.blocks if how == "lora" else []:
+        block.attention.qkv = LowRankLinear(block.attention.qkv, rank)
+        block.attention.proj = LowRankLinear(block.attention.proj, rank)
+    return net
