@@ -125,7 +125,7 @@ def lasting_tracks(
     found: list[FramePeople],
 ) -> set[int]:
     "Who is there long enough to get an avatar; everybody in a window that is shorter."
-    count = Counter(person.track for frame in found for person in frame.people)
+    count = Counter(person.track for frame in found for person in frame.people if person.confidence > 0)
     return {track for track, times in count.items() if times >= min(LEAST_TRACK, len(found))}
 
 # %% ../../nbs/avatar/5_windows.ipynb #ca9eb607
