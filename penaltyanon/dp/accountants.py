@@ -9,6 +9,7 @@ __all__ = ['ORDERS', 'ACCOUNTANTS', 'NoisySteps', 'log_moment', 'convert_orders'
 
 # %% ../../nbs/dp/2_accountants.ipynb #1466974f
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 import numpy as np
@@ -54,20 +55,24 @@ def formula_epsilon(plan: NoisySteps, delta: float) -> float:
     return convert_orders(divergences, ORDERS, delta)
 
 # %% ../../nbs/dp/2_accountants.ipynb #d36197cf
+def _ask_opacus(kind: str, plan: NoisySteps, delta: float) -> float:
+    "eps by one of its accountants, without its remarks on orders and on logarithms of zero."
+    from opacus import accountants
+    accountant = getattr(accountants, kind)()
+    accountant.history = [(plan.noise, plan.rate, plan.steps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta))
+
+# %% ../../nbs/dp/2_accountants.ipynb #e7f79abd
 def rdp_epsilon(plan: NoisySteps, delta: float) -> float:
     "Renyi divergence, by opacus."
-    from opacus.accountants import RDPAccountant
-    accountant = RDPAccountant()
-    accountant.history = [(plan.noise, plan.rate, plan.steps)]
-    return float(accountant.get_epsilon(delta))
+    return _ask_opacus("RDPAccountant", plan, delta)
 
 # %% ../../nbs/dp/2_accountants.ipynb #88f24fe5
 def prv_epsilon(plan: NoisySteps, delta: float) -> float:
     "Privacy random variables (Gopi et al. 2021), by opacus: an upper bound, within .01."
-    from opacus.accountants import PRVAccountant
-    accountant = PRVAccountant()
-    accountant.history = [(plan.noise, plan.rate, plan.steps)]
-    return float(accountant.get_epsilon(delta))
+    return _ask_opacus("PRVAccountant", plan, delta)
 
 # %% ../../nbs/dp/2_accountants.ipynb #b6f3e142
 def _place(plan: NoisySteps, loss: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
