@@ -104,6 +104,7 @@ class ComposedFrame:
     provenance: Provenance
     drawn: list[int]  # tracks that have an avatar
     invented: float   # share of the frame that no frame has seen, 0..1
+    hidden: float = 0.0    # share of it that was taken out
 
 # %% ../../nbs/avatar/4_compose.ipynb #cf927014
 def remove_people(
@@ -158,7 +159,8 @@ def compose_frame(
     layer, drawn = draw_people(found.people, how.draw, tracks, hidden.shape)
     if how.background: image = how.background(image)
     invented = 1.0 if how.is_generated else float((hidden & ~seen).mean())
-    return ComposedFrame(paint_layer(image, layer), map_composed(hidden, layer.mask, how), drawn, invented)
+    provenance, share = map_composed(hidden, layer.mask, how), float(hidden.mean())
+    return ComposedFrame(paint_layer(image, layer), provenance, drawn, invented, share)
 
 # %% ../../nbs/avatar/4_compose.ipynb #00874005
 class ProvenanceWriter:

@@ -139,7 +139,7 @@ class AvatarCounts:
     avatars: int = 0         # drawn, over all frames
     tracks: set = field(default_factory=set)    # that have an avatar
     shots: int = 0
-    hidden: float = 0.0      # sum of the shares that are not shown as filmed
+    hidden: float = 0.0      # sum of the shares that were taken out
     invented: float = 0.0    # sum of the shares that no frame has seen
     motion: float = 0.0      # of the camera, pixels, the most of any window
     seconds: Counter = field(default_factory=Counter)    # stage -> time
@@ -170,7 +170,7 @@ def count_frame(
     counts.avatars += len(made.drawn)
     counts.tracks |= {*made.drawn}
     counts.without_pose += bool(found.hidden.any() and not made.drawn)
-    counts.hidden += float((made.provenance != FILMED).mean())
+    counts.hidden += made.hidden
     counts.invented += made.invented
 
 # %% ../../nbs/avatar/5_windows.ipynb #68c2b2af
