@@ -479,7 +479,7 @@ def test_the_command_with_every_option(tmp_path, call):
     with av.open("out.mkv") as video: assert [s.codec_context.name for s in video.streams] == ["hevc", "aac"]
     report = json.loads(Path("r.json").read_text())
     assert report["options"] == dict(batch=3, height=32, codec="hevc", crf=30, keep_audio=True, on_bad_frame="drop", smooth=0.3, force=True, workers=2, strict=False,
-                                     regions=dict(widen=0.1, carry=3, ahead=2)) and report["model"]["name"] == "pixelate"
+                                     regions=dict(widen=0.1, carry=3, ahead=2), background="keep") and report["model"]["name"] == "pixelate"
     assert np.asarray(Image.open("look.png")).shape == (32, 96, 3)
 
 
