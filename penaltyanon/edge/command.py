@@ -28,7 +28,7 @@ from ..core.machine import resolve_device
 from ..core.settings import MODEL_SUFFIXES
 from ..data.video import ANY_IMAGE_SUFFIXES, ANY_VIDEO_SUFFIXES, CONTAINERS, hide_secrets
 from ..data.detectors import find_detector_file, open_detector
-from .anonymize import STAGES, Options, anonymize_file, write_preview
+from .anonymize import MAP_ENDING, STAGES, Options, anonymize_file, write_preview
 from .guards import FrameAnonymizer, check_changes, fit_name, list_files, safe_target, same_file
 from .operations import CLOSED_FORMS, choose_background, closed_form
 from .streams import is_live
@@ -351,7 +351,8 @@ def _find_inputs(
     if out.is_file():
         raise UsageError(f"output {out}: is a file, but the input is a folder or a pattern; name a folder")
     if same_file(out, root): raise UsageError(f"output {out}: is the input folder; name another folder")
-    found = list(list_files(root, is_supported, out)) if os.path.isdir(source) else _match_pattern(source, out)
+    there = list(list_files(root, is_supported, out)) if os.path.isdir(source) else _match_pattern(source, out)
+    found = [(path, why) for path, why in there if not path.name.endswith(MAP_ENDING)]    # what avatars leave
     if found: return found, root, out
     raise UserError(f"{source}: nothing here to anonymize; "
                     "give a video, an image, a folder, a pattern in quotes, or a camera")
