@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from penaltyanon.data.video import VideoError, frame_count
-from penaltyanon.edge import command, streams
+from penaltyanon.edge import anonymize, command, streams
 from penaltyanon.edge.anonymize import Options, anonymize_file
 from penaltyanon.edge.guards import FrameAnonymizer
 from penaltyanon.edge.images import load_picture
@@ -289,6 +290,19 @@ def test_a_file_that_grows_is_not_done(tmp_path):
         return 255 - frames
     entry = anonymize_file(source, tmp_path/"out.mp4", FrameAnonymizer(slowly))
     assert entry["status"] == "truncated" and "changed while it was read" in " ".join(entry["notes"]), entry
+
+
+def test_a_file_that_grows_between_two_looks_is_not_done(tmp_path, monkeypatch):
+    "The recorder writes again only after all that was there has been read."
+    monkeypatch.setattr(anonymize, "SETTLED", 2.0)
+    source = film(tmp_path/"in.ts", numbered(10))
+    def write_again():
+        with open(source, "ab") as file: file.write(b"\x47" + bytes(187))
+    later = threading.Timer(1.5, write_again)
+    later.start()
+    entry = anonymize_file(source, tmp_path/"out.mp4", FrameAnonymizer(lambda frames: 255 - frames))
+    later.join()
+    assert entry["frames_in"] == 10 and entry["status"] == "truncated" and "changed while it was read" in " ".join(entry["notes"]), entry
 
 
 # images
