@@ -133,7 +133,7 @@ def _refuse_unchanged(
     frame: RGB,   # of this
 ) -> np.ndarray | ValueError:
     "What comes back as it went is an error, unless there is nothing in it: one colour all over."
-    if not np.array_equal(output, frame) or np.ptp(frame, axis=(0, 1)).max() <= 8: return output    # the cheap one first
+    if not np.array_equal(output, frame) or np.ptp(frame, axis=(0, 1)).max() <= 8: return output
     return ValueError(f"{name} gave the frame back unchanged")
 
 # %% ../../nbs/edge/2_guards.ipynb #2f10ea8e
