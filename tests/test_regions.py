@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import av, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, SHARED
-from penaltyanon import cli
 from penaltyanon.core.files import UserError, cache_folder
 from penaltyanon.data.detectors import as_boxes, box_overlaps, fill_boxes, open_detector
 from penaltyanon.data.video import StreamInfo
@@ -15,6 +14,7 @@ from penaltyanon.edge.guards import FrameAnonymizer
 from penaltyanon.edge.images import load_image, save_image
 from penaltyanon.edge.streams import Frame, VideoWriter, decode_frames
 from penaltyanon.edge.tracker import GROWTH, RegionLog, Tracker, TrackSettings, move_box, region_stage, widen_boxes
+from test_anonymize import call as command      # noqa: F401 (a fixture)
 
 H, W, SIDE = 72, 160, 12
 INFO = StreamInfo(W, H, Fraction(1, 25), Fraction(25))
@@ -283,17 +283,10 @@ def onnx_file(path, rows=None, maps=None):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    import signal
-    monkeypatch.chdir(tmp_path)
+def call(command, tmp_path, monkeypatch):
+    "The command of a user who has fetched no weights."
     monkeypatch.setenv("PENALTYANON_WEIGHTS", str(tmp_path/"weights"))
-    before = signal.getsignal(signal.SIGTERM)
-    def call(*args):
-        with pytest.raises(SystemExit) as e: cli.main(["anonymize", *map(str, args)])
-        out, err = capsys.readouterr()
-        return e.value.code, out, err
-    yield call
-    signal.signal(signal.SIGTERM, before)
+    return command
 
 
 def test_the_command_hides_what_a_file_finds(tmp_path, call):
