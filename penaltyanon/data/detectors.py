@@ -81,10 +81,12 @@ def resize_frame(
     rgb: RGB,
     height: int,  # pixels, made at least 1
     width: int,   # pixels, made at least 1
+    how: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> RGB:  # (height, width, 3)
     "A frame in another size; smaller means averaged, not skipped."
-    size = max(1, width), max(1, height)
-    return np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).resize(size, Image.Resampling.BILINEAR))
+    if rgb.shape[:2] == (height, width): return rgb
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    return np.asarray(image.resize((max(1, width), max(1, height)), how))
 
 # %% ../../nbs/data/9_detectors.ipynb #b0593a5c
 def _detect_people(
